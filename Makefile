@@ -1,0 +1,50 @@
+# Everything runs in .venv, which the first target that needs it creates.
+PYTHON ?= python3
+INSTALLER ?= uv
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := hashlens encoder_service search_service protos tests
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format proto clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Create .venv and install everything (INSTALLER=pip to do without uv)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Hashlens needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Set PYTHON=..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifeq ($(INSTALLER),uv)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv -c constraints.txt
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet -e '.[encoder,search,train,dev]' -c constraints.txt
+else
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[encoder,search,train,dev]' -c constraints.txt
+endif
+	@touch $@
+
+demo: $(STAMP) ## Index and search the bundled images through both services
+	$(BIN)/hashlens demo
+
+test: $(STAMP) ## Run the tests
+	$(BIN)/python -m pytest
+
+check: $(STAMP) ## Format, lint, types, import contracts, protos, generated code
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python protos/generate.py --check
+
+format: $(STAMP) ## Format the code and mend what the linter can
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+proto: $(STAMP) ## Regenerate hashlens/v1 from protos/
+	$(BIN)/python protos/generate.py
+
+clean: ## Remove .venv and build
+	rm -rf $(VENV) build

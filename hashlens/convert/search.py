@@ -1,0 +1,207 @@
+"""Queries, options, hits and receipts of `search_service.proto`."""
+
+from __future__ import annotations
+
+from hashlens.convert.collection import check_id
+from hashlens.convert.embedding import (
+    embedding_from_proto,
+    embedding_to_proto,
+    encode_timings_from_proto,
+    encode_timings_to_proto,
+    feature_from_proto,
+    feature_to_proto,
+)
+from hashlens.errors import InvalidInputError
+from hashlens.types import (
+    MAX_K,
+    Explanation,
+    Hit,
+    Query,
+    Rank,
+    Receipt,
+    SearchOptions,
+    SearchResult,
+    StageTimings,
+)
+from hashlens.v1 import embedding_pb2 as epb
+from hashlens.v1 import search_service_pb2 as spb
+
+_RANK_TO_PROTO = {
+    Rank.AUTO: spb.RANK_UNSPECIFIED,
+    Rank.EUCLIDEAN: spb.RANK_EUCLIDEAN,
+    Rank.HAMMING: spb.RANK_HAMMING,
+}
+_RANK_FROM_PROTO = {number: rank for rank, number in _RANK_TO_PROTO.items()}
+_DEFAULTS = SearchOptions()
+
+
+def query_to_proto(query: Query) -> spb.Query:
+    """Return the wire form."""
+    if query.embedding is not None:
+        return spb.Query(embedding=embedding_to_proto(query.embedding))
+    if query.image is not None:
+        return spb.Query(image=query.image)
+    return spb.Query(id=query.id or "")
+
+
+def query_from_proto(message: spb.Query) -> Query:
+    """Return the value; InvalidInputError unless one kind of query is there and well formed."""
+    kind = message.WhichOneof("query")
+    if kind == "embedding":
+        try:
+            return Query(embedding=embedding_from_proto(message.embedding))
+        except InvalidInputError as error:
+            raise error.within("embedding") from None
+    if kind == "image":
+        return Query(image=message.image)
+    if kind == "id":
+        return Query(id=check_id(message.id))
+    raise InvalidInputError("a query is an image, an embedding or an id: send one of them")
+
+
+def options_to_proto(options: SearchOptions) -> spb.SearchOptions:
+    """Return the wire form."""
+    return spb.SearchOptions(
+        k=options.k,
+        max_hamming_bits=options.max_hamming_bits,
+        min_pool=options.min_pool,
+        max_pool=options.max_pool,
+        rank=_RANK_TO_PROTO[options.rank],
+        with_payload=options.with_payload,
+        with_code=options.with_code,
+        with_feature=options.with_feature,
+        with_explanation=options.with_explanation,
+        min_version=options.min_version,
+    )
+
+
+def options_from_proto(message: spb.SearchOptions) -> SearchOptions:
+    """Return the value; InvalidInputError for what no collection could answer."""
+    if not 1 <= message.k <= MAX_K:
+        raise InvalidInputError(f"k is {message.k}: ask for 1 to {MAX_K} hits", field="k")
+    max_pool = message.max_pool if message.HasField("max_pool") else None
+    if max_pool is not None and max_pool < message.k:
+        raise InvalidInputError(
+            f"max_pool is {max_pool}, less than k = {message.k}: raise it, or ask for fewer hits",
+            field="max_pool",
+        )
+    rank = _RANK_FROM_PROTO.get(message.rank)
+    if rank is None:
+        raise InvalidInputError(
+            f"{message.rank} is no rank: use EUCLIDEAN or HAMMING", field="rank"
+        )
+    return SearchOptions(
+        k=message.k,
+        max_hamming_bits=(
+            message.max_hamming_bits if message.HasField("max_hamming_bits") else None
+        ),
+        min_pool=message.min_pool if message.HasField("min_pool") else _DEFAULTS.min_pool,
+        max_pool=max_pool,
+        rank=rank,
+        with_payload=message.with_payload,
+        with_code=message.with_code,
+        with_feature=message.with_feature,
+        with_explanation=message.with_explanation,
+        min_version=message.min_version,
+    )
+
+
+def hit_to_proto(hit: Hit, n_bits: int) -> spb.Hit:
+    """Return the wire form; `n_bits` is the width of the hit's code."""
+    message = spb.Hit(
+        id=hit.id, hamming_bits=hit.hamming_bits, distance=hit.distance, payload=hit.payload
+    )
+    if hit.code is not None:
+        message.code.CopyFrom(epb.Code(bits=hit.code, n_bits=n_bits))
+    if hit.feature is not None:
+        message.feature.CopyFrom(feature_to_proto(hit.feature))
+    if hit.explanation is not None:
+        message.explanation.differing_bits.extend(hit.explanation.differing_bits)
+        message.explanation.certainty.extend(hit.explanation.certainty)
+    return message
+
+
+def hit_from_proto(message: spb.Hit) -> Hit:
+    """Return the value."""
+    return Hit(
+        id=message.id,
+        hamming_bits=message.hamming_bits,
+        distance=message.distance if message.HasField("distance") else None,
+        payload=message.payload,
+        code=message.code.bits if message.HasField("code") else None,
+        feature=feature_from_proto(message.feature) if message.HasField("feature") else None,
+        explanation=(
+            Explanation(
+                differing_bits=tuple(message.explanation.differing_bits),
+                certainty=tuple(message.explanation.certainty),
+            )
+            if message.HasField("explanation")
+            else None
+        ),
+    )
+
+
+def receipt_to_proto(receipt: Receipt) -> spb.Receipt:
+    """Return the wire form."""
+    timings = receipt.timings
+    return spb.Receipt(
+        rows_scanned=receipt.rows_scanned,
+        threshold_bits=receipt.threshold_bits,
+        pool_size=receipt.pool_size,
+        pool_histogram=receipt.pool_histogram,
+        pool_truncated=receipt.pool_truncated,
+        rows_without_feature=receipt.rows_without_feature,
+        exact=receipt.exact,
+        version=receipt.version,
+        timings=spb.StageTimings(
+            wait_version_ns=timings.wait_version_ns,
+            encode=encode_timings_to_proto(timings.encode),
+            encode_call_ns=timings.encode_call_ns,
+            queue_ns=timings.queue_ns,
+            coarse_ns=timings.coarse_ns,
+            fine_ns=timings.fine_ns,
+            fetch_ns=timings.fetch_ns,
+            total_ns=timings.total_ns,
+        ),
+    )
+
+
+def receipt_from_proto(message: spb.Receipt) -> Receipt:
+    """Return the value."""
+    timings = message.timings
+    return Receipt(
+        rows_scanned=message.rows_scanned,
+        threshold_bits=message.threshold_bits,
+        pool_size=message.pool_size,
+        pool_histogram=tuple(message.pool_histogram),
+        pool_truncated=message.pool_truncated,
+        rows_without_feature=message.rows_without_feature,
+        exact=message.exact,
+        version=message.version,
+        timings=StageTimings(
+            wait_version_ns=timings.wait_version_ns,
+            encode=encode_timings_from_proto(timings.encode),
+            encode_call_ns=timings.encode_call_ns,
+            queue_ns=timings.queue_ns,
+            coarse_ns=timings.coarse_ns,
+            fine_ns=timings.fine_ns,
+            fetch_ns=timings.fetch_ns,
+            total_ns=timings.total_ns,
+        ),
+    )
+
+
+def result_to_proto(result: SearchResult, n_bits: int) -> spb.SearchResponse:
+    """Return the wire form; `n_bits` is the width of the collection's codes."""
+    return spb.SearchResponse(
+        hits=[hit_to_proto(hit, n_bits) for hit in result.hits],
+        receipt=receipt_to_proto(result.receipt),
+    )
+
+
+def result_from_proto(message: spb.SearchResponse) -> SearchResult:
+    """Return the value."""
+    return SearchResult(
+        hits=tuple(hit_from_proto(hit) for hit in message.hits),
+        receipt=receipt_from_proto(message.receipt),
+    )

@@ -1,0 +1,326 @@
+"""The values that both services and their users speak of, as frozen dataclasses.
+
+Nothing here knows protobuf: `hashlens.convert` maps these to and from `hashlens.v1`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hashlens.errors import HashlensError
+
+MAX_K = 100_000
+"""The most hits one query may ask for."""
+
+MAX_ID_BYTES = 1024
+"""The longest id, in bytes of UTF-8."""
+
+MAX_PAYLOAD_BYTES = 65_536
+"""The largest payload of one item, in bytes."""
+
+MAX_DIM = 65_536
+"""The widest feature, in numbers."""
+
+
+class FeatureDtype(enum.Enum):
+    """How the numbers of a feature are stored and sent; always little-endian."""
+
+    F32 = "f32"
+    F16 = "f16"
+
+    @property
+    def numpy(self) -> np.dtype[Any]:
+        """The NumPy dtype, little-endian."""
+        return np.dtype("<f4" if self is FeatureDtype.F32 else "<f2")
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes per number."""
+        return self.numpy.itemsize
+
+    @classmethod
+    def of(cls, array: NDArray[Any]) -> FeatureDtype:
+        """Return the member for an array's dtype; ValueError for any other."""
+        for member in cls:
+            if array.dtype == member.numpy:
+                return member
+        raise ValueError(f"a feature is float32 or float16, not {array.dtype}")
+
+
+class Rank(enum.Enum):
+    """What orders the answer."""
+
+    AUTO = "auto"
+    """Euclidean where the collection has features, else Hamming."""
+    EUCLIDEAN = "euclidean"
+    """Two stages: Euclidean distance inside the pool, ties by Hamming distance, then id."""
+    HAMMING = "hamming"
+    """The coarse stage alone: Hamming distance, ties by id."""
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """An image as the model sees it: its code and, unless the use is codes only, its F7 feature."""
+
+    code: bytes
+    """Packed bits, see `hashlens.codes`; ``ceil(n_bits / 8)`` bytes."""
+    n_bits: int
+    """Code length, in bits."""
+    model_id: str
+    """Which weights and preprocessing made it."""
+    feature: NDArray[Any] | None = None
+    """F7: float32 or float16, shape ``[dim]``."""
+    activations: NDArray[np.float32] | None = None
+    """H before the threshold, shape ``[n_bits]``, in 0..1; |H - 0.5| is how sure each bit is."""
+
+    @property
+    def dim(self) -> int:
+        """Width of the feature; 0 without one."""
+        return 0 if self.feature is None else int(self.feature.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What an encoder says of its model."""
+
+    model_id: str
+    backbone: str
+    n_bits: int
+    dim: int
+    classes: tuple[str, ...]
+    preprocessing: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    licence: str
+    """Licence of the data that the weights were trained on."""
+    max_image_bytes: int
+    max_image_pixels: int
+    max_batch_items: int
+    max_message_bytes: int
+    feature_dtype: FeatureDtype
+    """Number format of features when a request does not say."""
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeTimings:
+    """Where an encoder call spent its time, in nanoseconds."""
+
+    decode_ns: int = 0
+    """Bytes to pixels to tensor."""
+    queue_ns: int = 0
+    """Waiting for a batch."""
+    inference_ns: int = 0
+    """The batch's forward pass."""
+    total_ns: int = 0
+    batch_items: int = 0
+    """How many images shared the forward pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One image's embedding and what it cost."""
+
+    embedding: Embedding
+    timings: EncodeTimings
+
+
+@dataclass(frozen=True, slots=True)
+class CollectionSpec:
+    """What a collection is bound to when it is made; never changed after."""
+
+    name: str
+    """1 to 64 of a-z, 0-9, ``_`` and ``-``, beginning with a letter or digit."""
+    model_id: str
+    n_bits: int
+    dim: int
+    """Width of the feature; 0 for a collection of codes only."""
+    feature_dtype: FeatureDtype = FeatureDtype.F16
+    expected_rows: int = 1_000_000
+    """Sizes the Redis buckets; more rows still work, they take more memory each."""
+
+
+@dataclass(frozen=True, slots=True)
+class CollectionInfo:
+    """A collection as one search replica sees it."""
+
+    spec: CollectionSpec
+    epoch: str
+    """UUID of this incarnation; a new one after drop and create."""
+    version: int
+    """Sequence number of the last write this replica has applied."""
+    n_items: int
+    """Items that a search can find."""
+    n_dead_rows: int
+    """Rows of replaced and deleted items, not yet compacted away."""
+    checkpoint_version: int
+    """Everything up to here is safe in this replica's files."""
+    durability: str
+    """What Redis does before it acknowledges: ``always``, ``everysec``, ``no``, ``none``, or
+    ``unknown`` while Redis is away."""
+    writable: bool
+    detail: str
+    """Why it is not writable; else empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What a collection holds: exactly one of `embedding` and `image` when it is written."""
+
+    id: str
+    embedding: Embedding | None = None
+    image: bytes | None = None
+    payload: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class ItemFailure:
+    """One item of a batch that was refused."""
+
+    index: int
+    """Its position in the batch."""
+    id: str
+    error: HashlensError
+
+
+@dataclass(frozen=True, slots=True)
+class WriteResult:
+    """What became of a write."""
+
+    version: int
+    """The collection's sequence number after it; pass it as `min_version` to read it."""
+    n_written: int
+    failures: tuple[ItemFailure, ...] = ()
+
+    def raise_for_failures(self) -> None:
+        """Raise the first failure's error, if there is one."""
+        if self.failures:
+            raise self.failures[0].error
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteResult:
+    """What became of a delete."""
+
+    version: int
+    n_deleted: int
+    """How many of the ids were there."""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchOptions:
+    """How to answer a query; the defaults suit a first look."""
+
+    k: int = 10
+    """Hits wanted, 1 to `MAX_K`."""
+    max_hamming_bits: int | None = None
+    """Pool = all rows within this Hamming distance. None: the smallest distance whose complete
+    ball holds at least ``max(k, min_pool)`` rows."""
+    min_pool: int = 1000
+    """Rows the automatic threshold must gather, if there are as many."""
+    max_pool: int | None = None
+    """Most rows the fine stage may look at; None for no cap. At least `k`."""
+    rank: Rank = Rank.AUTO
+    with_payload: bool = True
+    with_code: bool = False
+    with_feature: bool = False
+    with_explanation: bool = False
+    min_version: int = 0
+    """Wait until the replica has applied this version."""
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why a hit's code is as far as it is."""
+
+    differing_bits: tuple[int, ...]
+    """Positions where the codes differ, ascending."""
+    certainty: tuple[float, ...]
+    """|H - 0.5| of the query at those positions, 0 to 0.5; empty if the query came without H."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One answer."""
+
+    id: str
+    hamming_bits: int
+    distance: float | None
+    """Euclidean distance between features; None when the coarse stage alone ranked."""
+    payload: bytes = b""
+    code: bytes | None = None
+    feature: NDArray[Any] | None = None
+    explanation: Explanation | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StageTimings:
+    """Where a search spent its time, in nanoseconds. Stages that did not run are 0."""
+
+    wait_version_ns: int = 0
+    """Until the replica had applied `min_version`."""
+    encode: EncodeTimings = field(default_factory=EncodeTimings)
+    """The encoder's share, for a query by image."""
+    encode_call_ns: int = 0
+    """The whole call to the encoder, as the search service saw it."""
+    queue_ns: int = 0
+    """Waiting for the kernels' executor."""
+    coarse_ns: int = 0
+    fine_ns: int = 0
+    fetch_ns: int = 0
+    """Ids, payloads, codes and features of the hits."""
+    total_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """How an answer came about."""
+
+    rows_scanned: int
+    """Alive rows compared in the coarse stage."""
+    threshold_bits: int
+    """The Hamming distance within which rows formed the pool."""
+    pool_size: int
+    """Rows the fine stage looked at, or that were ranked by Hamming distance."""
+    pool_histogram: tuple[int, ...]
+    """Alive rows at each Hamming distance 0..threshold_bits, before any cut."""
+    pool_truncated: bool
+    """Whether `max_pool` cut the ball."""
+    rows_without_feature: int
+    """Rows in the pool that could not be ranked because their feature is missing."""
+    exact: bool
+    """Whether the answer provably equals the two-stage definition with that threshold."""
+    version: int
+    """The version of the data that was searched."""
+    timings: StageTimings = field(default_factory=StageTimings)
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """The answer to one query, best hit first."""
+
+    hits: tuple[Hit, ...]
+    receipt: Receipt
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What to look for: exactly one of the three."""
+
+    image: bytes | None = None
+    embedding: Embedding | None = None
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceHealth:
+    """Answer of a health probe."""
+
+    target: str
+    serving: bool
+    detail: str
