@@ -11,4 +11,30 @@ What both services and their users share. `Client` and `AsyncClient` are the way
 
 from __future__ import annotations
 
+from hashlens.client import AsyncClient, Client, ClientConfig
+from hashlens.errors import HashlensError
+from hashlens.types import (
+    CollectionSpec,
+    Embedding,
+    FeatureDtype,
+    Item,
+    Query,
+    Rank,
+    SearchOptions,
+)
+
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "ClientConfig",
+    "CollectionSpec",
+    "Embedding",
+    "FeatureDtype",
+    "HashlensError",
+    "Item",
+    "Query",
+    "Rank",
+    "SearchOptions",
+]
+
 __version__ = "0.1.0"

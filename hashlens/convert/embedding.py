@@ -20,7 +20,7 @@ _DTYPE_TO_PROTO = {
 }
 
 
-def dtype_to_proto(dtype: FeatureDtype | None) -> epb.FeatureDtype:
+def dtype_to_proto(dtype: FeatureDtype | None) -> epb.FeatureDtype.ValueType:
     """Return the wire form; None is unspecified."""
     return epb.FEATURE_DTYPE_UNSPECIFIED if dtype is None else _DTYPE_TO_PROTO[dtype]
 

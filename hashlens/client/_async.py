@@ -1,0 +1,328 @@
+"""The asynchronous client; a test keeps its verbs those of `Client`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from hashlens import convert
+from hashlens.client import wire
+from hashlens.client.wire import ClientConfig, Wire, WriteTally
+from hashlens.errors import HashlensError
+from hashlens.rpc import limits
+from hashlens.rpc.status import error_of_call
+from hashlens.types import (
+    CollectionInfo,
+    CollectionSpec,
+    DeleteResult,
+    Embedding,
+    Encoded,
+    FeatureDtype,
+    Item,
+    ModelInfo,
+    Query,
+    SearchOptions,
+    SearchResult,
+    ServiceHealth,
+    WriteResult,
+)
+from hashlens.v1 import encoder_service_pb2 as enc
+from hashlens.v1 import encoder_service_pb2_grpc as enc_grpc
+from hashlens.v1 import search_service_pb2 as spb
+from hashlens.v1 import search_service_pb2_grpc as spb_grpc
+
+
+class AsyncClient:
+    """`hashlens.Client` with its verbs awaited, for one event loop.
+
+    Every call has a deadline and raises a subclass of `HashlensError`. A client reads its own
+    writes: its searches wait until the answering replica has applied them.
+
+    Parameters
+    ----------
+    search
+        ``host:port`` of the search service.
+    encoder
+        ``host:port`` of the encoder service.
+    config
+        Deadlines and limits.
+    """
+
+    def __init__(
+        self,
+        search: str = wire.SEARCH_TARGET,
+        encoder: str = wire.ENCODER_TARGET,
+        *,
+        config: ClientConfig | None = None,
+    ) -> None:
+        self._config = config or ClientConfig()
+        self._wire = Wire(self._config)
+        options = limits.channel_options(self._config.max_message_bytes)
+        self._channels = {
+            target: grpc.aio.insecure_channel(target, options) for target in {search, encoder}
+        }
+        self._search = spb_grpc.SearchServiceStub(self._channels[search])
+        self._encoder = enc_grpc.EncoderServiceStub(self._channels[encoder])
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        for channel in self._channels.values():
+            await channel.close()
+
+    # -- encoder ---------------------------------------------------------------------------------
+
+    async def model(self, *, deadline_s: float | None = None) -> ModelInfo:
+        """Return what the encoder says of its model."""
+        reply = await self._call(self._encoder.GetModel, enc.GetModelRequest(), deadline_s)
+        return convert.model_from_proto(reply)
+
+    async def encode(
+        self,
+        image: bytes,
+        *,
+        feature_dtype: FeatureDtype | None = None,
+        with_activations: bool = False,
+        deadline_s: float | None = None,
+    ) -> Encoded:
+        """Return one image's embedding.
+
+        Parameters
+        ----------
+        image
+            Bytes of a JPEG, PNG or WebP, or the first frame of a GIF, BMP or TIFF.
+        feature_dtype
+            Number format of the feature; None for the server's.
+        with_activations
+            Return H before the threshold as well.
+        deadline_s
+            Time for the call, in seconds; None for the client's.
+
+        Raises
+        ------
+        InvalidInputError
+            The bytes are no image that the encoder accepts.
+        """
+        request = self._wire.encode_request(image, feature_dtype, with_activations)
+        reply = await self._call(self._encoder.Encode, request, deadline_s)
+        return wire.encoded_of(reply.embedding, reply.timings)
+
+    async def encode_batch(
+        self,
+        images: Sequence[bytes],
+        *,
+        feature_dtype: FeatureDtype | None = None,
+        with_activations: bool = False,
+        deadline_s: float | None = None,
+    ) -> list[Encoded | HashlensError]:
+        """Return an embedding, or the error in its place, for each of any number of images.
+
+        They are sent in chunks; `deadline_s` is for each. See `encode`.
+        """
+        results: list[Encoded | HashlensError] = []
+        for request in self._wire.encode_batches(images, feature_dtype, with_activations):
+            reply = await self._call(self._encoder.EncodeBatch, request, deadline_s)
+            results += self._wire.encode_results(reply)
+        return results
+
+    # -- collections and items -------------------------------------------------------------------
+
+    async def create_collection(
+        self,
+        name: str,
+        *,
+        spec: CollectionSpec | None = None,
+        feature_dtype: FeatureDtype | None = None,
+        expected_rows: int = 1_000_000,
+        deadline_s: float | None = None,
+    ) -> CollectionInfo:
+        """Make a collection; one that is there with the same specification is no error.
+
+        Parameters
+        ----------
+        name
+            1 to 64 of a-z, 0-9, ``_`` and ``-``.
+        spec
+            What to bind it to. None: the encoder's model, at its width.
+        feature_dtype, expected_rows
+            See `CollectionSpec`; used when `spec` is None.
+        deadline_s
+            Time for each call, in seconds; None for the client's.
+
+        Raises
+        ------
+        AlreadyExistsError
+            It is there with another specification.
+        """
+        if spec is None:
+            model = await self.model(deadline_s=deadline_s)
+            spec = wire.spec_for(name, model, feature_dtype, expected_rows)
+        request = spb.CreateCollectionRequest(spec=convert.spec_to_proto(spec))
+        reply = await self._call(self._search.CreateCollection, request, deadline_s)
+        return convert.info_from_proto(reply.collection)
+
+    async def collection(self, name: str, *, deadline_s: float | None = None) -> CollectionInfo:
+        """Return a collection's state; NotFoundError if there is none."""
+        request = spb.GetCollectionRequest(name=name)
+        reply = await self._call(self._search.GetCollection, request, deadline_s)
+        return convert.info_from_proto(reply.collection)
+
+    async def collections(self, *, deadline_s: float | None = None) -> list[CollectionInfo]:
+        """Return the state of all collections, by name."""
+        request = spb.ListCollectionsRequest()
+        reply = await self._call(self._search.ListCollections, request, deadline_s)
+        return [convert.info_from_proto(info) for info in reply.collections]
+
+    async def drop_collection(self, name: str, *, deadline_s: float | None = None) -> None:
+        """Remove a collection and everything in it."""
+        await self._call(
+            self._search.DropCollection, spb.DropCollectionRequest(name=name), deadline_s
+        )
+        self._wire.versions.pop(name, None)
+
+    async def upsert(
+        self,
+        collection: str,
+        items: Iterable[Item],
+        *,
+        request_id: str | None = None,
+        deadline_s: float | None = None,
+    ) -> WriteResult:
+        """Write items, in chunks, replacing those whose ids are there.
+
+        An image that cannot be read is a failure in the result; anything else wrong raises, and
+        earlier chunks stay written.
+
+        Parameters
+        ----------
+        collection
+            Its name.
+        items
+            Any number; an iterator is read as it is sent.
+        request_id
+            Repeating a whole call with the same id and items changes nothing. None: made up.
+        deadline_s
+            Time for each chunk, in seconds; None for the client's.
+        """
+        tally = WriteTally()
+        for request in self._wire.upserts(collection, items, request_id):
+            reply = await self._call(self._search.Upsert, request, deadline_s)
+            tally.add(request, reply)
+            self._wire.wrote(collection, reply.version)
+        return tally.result()
+
+    async def delete(
+        self,
+        collection: str,
+        ids: Sequence[str],
+        *,
+        request_id: str | None = None,
+        deadline_s: float | None = None,
+    ) -> DeleteResult:
+        """Remove items; ids that are not there are no error."""
+        request = self._wire.delete_request(collection, ids, request_id)
+        reply = await self._call(self._search.Delete, request, deadline_s)
+        self._wire.wrote(collection, reply.version)
+        return wire.deleted(reply)
+
+    async def get_items(
+        self,
+        collection: str,
+        ids: Sequence[str],
+        *,
+        with_feature: bool = False,
+        with_payload: bool = True,
+        deadline_s: float | None = None,
+    ) -> list[Item]:
+        """Return the items that are there, in the order of `ids`."""
+        request = self._wire.get_items_request(collection, ids, with_feature, with_payload)
+        reply = await self._call(self._search.GetItems, request, deadline_s)
+        return [convert.item_from_proto(item) for item in reply.items]
+
+    # -- search ----------------------------------------------------------------------------------
+
+    async def search(
+        self,
+        collection: str,
+        *,
+        image: bytes | None = None,
+        embedding: Embedding | None = None,
+        id: str | None = None,  # noqa: A002 - the contract's word
+        k: int = 10,
+        options: SearchOptions | None = None,
+        deadline_s: float | None = None,
+    ) -> SearchResult:
+        """Return the nearest items to an image, an embedding or a stored item.
+
+        Parameters
+        ----------
+        collection
+            Its name.
+        image, embedding, id
+            The query, exactly one.
+        k
+            Hits wanted; `options`, when given, says it instead.
+        options
+            Everything else one can ask for.
+        deadline_s
+            Time for the call, in seconds; None for the client's.
+        """
+        query = wire.query_of(image, embedding, id)
+        request = self._wire.search_request(collection, query, options or SearchOptions(k=k))
+        return convert.result_from_proto(await self._call(self._search.Search, request, deadline_s))
+
+    async def search_batch(
+        self,
+        collection: str,
+        queries: Sequence[Query],
+        *,
+        k: int = 10,
+        options: SearchOptions | None = None,
+        deadline_s: float | None = None,
+    ) -> list[SearchResult | HashlensError]:
+        """Return an answer, or the error in its place, for each query, on one version of the data.
+
+        See `search`.
+        """
+        request = self._wire.search_batch_request(
+            collection, queries, options or SearchOptions(k=k)
+        )
+        reply = await self._call(self._search.SearchBatch, request, deadline_s)
+        return self._wire.search_results(reply)
+
+    # -- health ----------------------------------------------------------------------------------
+
+    async def health(self, *, deadline_s: float = 5.0) -> list[ServiceHealth]:
+        """Return whether each service serves; never raises."""
+        found = []
+        for target, channel in sorted(self._channels.items()):
+            stub = health_pb2_grpc.HealthStub(channel)
+            try:
+                reply = await self._call(stub.Check, health_pb2.HealthCheckRequest(), deadline_s)
+            except HashlensError as error:
+                found.append(ServiceHealth(target=target, serving=False, detail=error.message))
+            else:
+                found.append(wire.health_of(target, reply))
+        return found
+
+    async def _call(
+        self, method: Callable[..., Any], request: Any, deadline_s: float | None
+    ) -> Any:
+        try:
+            return await method(request, timeout=deadline_s or self._config.deadline_s)
+        except grpc.aio.AioRpcError as failure:
+            raise error_of_call(failure) from None

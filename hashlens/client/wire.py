@@ -1,0 +1,279 @@
+"""What both clients say and understand: requests built, replies read, no I/O."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from grpc_health.v1 import health_pb2
+
+from hashlens import convert
+from hashlens.errors import HashlensError, InvalidInputError
+from hashlens.rpc import limits
+from hashlens.rpc.status import error_of
+from hashlens.types import (
+    CollectionSpec,
+    DeleteResult,
+    Embedding,
+    Encoded,
+    FeatureDtype,
+    Item,
+    ItemFailure,
+    ModelInfo,
+    Query,
+    SearchOptions,
+    SearchResult,
+    ServiceHealth,
+    WriteResult,
+)
+from hashlens.v1 import embedding_pb2 as epb
+from hashlens.v1 import encoder_service_pb2 as enc
+from hashlens.v1 import search_service_pb2 as spb
+
+ENCODER_TARGET = "127.0.0.1:50051"
+"""Where ``hashlens up`` puts the encoder service."""
+
+SEARCH_TARGET = "127.0.0.1:50052"
+"""Where ``hashlens up`` puts the search service."""
+
+T = TypeVar("T")
+
+_SPLIT = "send fewer at a time"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientConfig:
+    """How a client behaves."""
+
+    deadline_s: float = limits.DEADLINE_S
+    """Time for one call, in seconds; each method takes another."""
+    max_message_bytes: int = limits.MAX_MESSAGE_BYTES
+    """Largest request or reply; the servers' own limit must be as high."""
+    chunk_items: int = 256
+    """Most items that one Upsert or EncodeBatch carries."""
+    chunk_bytes: int = 8 * 2**20
+    """About how many bytes one Upsert or EncodeBatch carries."""
+
+    def __post_init__(self) -> None:
+        if self.deadline_s <= 0:
+            raise InvalidInputError("every call needs a deadline: set deadline_s above 0")
+        if self.chunk_items < 1 or self.chunk_bytes < 1:
+            raise InvalidInputError("a chunk holds at least one item")
+
+
+@dataclass(slots=True)
+class Wire:
+    """Builds requests and reads replies for one client."""
+
+    config: ClientConfig
+    versions: dict[str, int] = field(default_factory=dict)
+    """The last version that this client wrote, by collection: its searches read its own writes."""
+
+    # -- encoder ---------------------------------------------------------------------------------
+
+    def encode_request(
+        self, image: bytes, feature_dtype: FeatureDtype | None, activations: bool
+    ) -> enc.EncodeRequest:
+        """Build an Encode."""
+        self._check_size(len(image), "send a smaller picture")
+        return enc.EncodeRequest(image=image, options=_encode_options(feature_dtype, activations))
+
+    def encode_batches(
+        self, images: Sequence[bytes], feature_dtype: FeatureDtype | None, activations: bool
+    ) -> Iterator[enc.EncodeBatchRequest]:
+        """Build the EncodeBatch calls for any number of images."""
+        options = _encode_options(feature_dtype, activations)
+        for chunk in self._chunks((image, len(image)) for image in images):
+            request = enc.EncodeBatchRequest(images=chunk, options=options)
+            self._check_size(request.ByteSize(), "send a smaller picture")
+            yield request
+
+    def encode_results(self, reply: enc.EncodeBatchResponse) -> list[Encoded | HashlensError]:
+        """Read an EncodeBatch."""
+        return [
+            encoded_of(result.embedding, result.timings)
+            if result.HasField("embedding")
+            else error_of(result.error)
+            for result in reply.results
+        ]
+
+    # -- collections and items -------------------------------------------------------------------
+
+    def upserts(
+        self, collection: str, items: Iterable[Item], request_id: str | None
+    ) -> Iterator[spb.UpsertRequest]:
+        """Build the Upsert calls for any number of items, one at a time."""
+        base = request_id or uuid.uuid4().hex
+        messages = map(convert.item_to_proto, items)
+        sized = ((message, message.ByteSize()) for message in messages)
+        for n, chunk in enumerate(self._chunks(sized)):
+            request = spb.UpsertRequest(
+                collection=collection, items=chunk, request_id=f"{base}.{n}"
+            )
+            self._check_size(request.ByteSize(), _SPLIT)
+            yield request
+
+    def wrote(self, collection: str, version: int) -> None:
+        """Remember a write."""
+        self.versions[collection] = max(version, self.versions.get(collection, 0))
+
+    def delete_request(
+        self, collection: str, ids: Sequence[str], request_id: str | None
+    ) -> spb.DeleteRequest:
+        """Build a Delete."""
+        request = spb.DeleteRequest(
+            collection=collection, ids=ids, request_id=request_id or uuid.uuid4().hex
+        )
+        self._check_size(request.ByteSize(), _SPLIT)
+        return request
+
+    def get_items_request(
+        self, collection: str, ids: Sequence[str], with_feature: bool, with_payload: bool
+    ) -> spb.GetItemsRequest:
+        """Build a GetItems."""
+        request = spb.GetItemsRequest(
+            collection=collection,
+            ids=ids,
+            with_feature=with_feature,
+            with_payload=with_payload,
+            min_version=self.versions.get(collection, 0),
+        )
+        self._check_size(request.ByteSize(), _SPLIT)
+        return request
+
+    # -- search ----------------------------------------------------------------------------------
+
+    def search_request(
+        self, collection: str, query: Query, options: SearchOptions
+    ) -> spb.SearchRequest:
+        """Build a Search."""
+        request = spb.SearchRequest(
+            collection=collection,
+            query=convert.query_to_proto(query),
+            options=convert.options_to_proto(self._own_writes(collection, options)),
+        )
+        self._check_size(request.ByteSize(), "send a smaller picture")
+        return request
+
+    def search_batch_request(
+        self, collection: str, queries: Sequence[Query], options: SearchOptions
+    ) -> spb.SearchBatchRequest:
+        """Build a SearchBatch."""
+        request = spb.SearchBatchRequest(
+            collection=collection,
+            queries=[convert.query_to_proto(query) for query in queries],
+            options=convert.options_to_proto(self._own_writes(collection, options)),
+        )
+        self._check_size(request.ByteSize(), _SPLIT)
+        return request
+
+    def search_results(self, reply: spb.SearchBatchResponse) -> list[SearchResult | HashlensError]:
+        """Read a SearchBatch."""
+        return [
+            convert.result_from_proto(result.answer)
+            if result.HasField("answer")
+            else error_of(result.error)
+            for result in reply.results
+        ]
+
+    # -- helpers ---------------------------------------------------------------------------------
+
+    def _chunks(self, sized: Iterable[tuple[T, int]]) -> Iterator[list[T]]:
+        """Cut (value, size in bytes) where a chunk would outgrow the configured items or bytes."""
+        chunk: list[T] = []
+        filled_bytes = 0
+        for value, size_bytes in sized:
+            if chunk and self._is_full(len(chunk), filled_bytes + size_bytes):
+                yield chunk
+                chunk, filled_bytes = [], 0
+            chunk.append(value)
+            filled_bytes += size_bytes
+        if chunk:
+            yield chunk
+
+    def _is_full(self, n_items: int, size_bytes: int) -> bool:
+        return n_items >= self.config.chunk_items or size_bytes > self.config.chunk_bytes
+
+    def _own_writes(self, collection: str, options: SearchOptions) -> SearchOptions:
+        own = self.versions.get(collection, 0)
+        return options if options.min_version >= own else replace(options, min_version=own)
+
+    def _check_size(self, size_bytes: int, advice: str) -> None:
+        limits.check_size(size_bytes, self.config.max_message_bytes, advice)
+
+
+@dataclass(slots=True)
+class WriteTally:
+    """Adds up the replies of one chunked write."""
+
+    version: int = 0
+    n_written: int = 0
+    n_sent: int = 0
+    failures: list[ItemFailure] = field(default_factory=list)
+
+    def add(self, request: spb.UpsertRequest, reply: spb.UpsertResponse) -> None:
+        """Count one chunk."""
+        self.version = max(self.version, reply.version)
+        self.n_written += reply.n_written
+        self.failures += [
+            ItemFailure(
+                index=self.n_sent + failure.index, id=failure.id, error=error_of(failure.error)
+            )
+            for failure in reply.failures
+        ]
+        self.n_sent += len(request.items)
+
+    def result(self) -> WriteResult:
+        """Return the sum."""
+        return WriteResult(
+            version=self.version, n_written=self.n_written, failures=tuple(self.failures)
+        )
+
+
+def spec_for(
+    name: str, model: ModelInfo, feature_dtype: FeatureDtype | None, expected_rows: int
+) -> CollectionSpec:
+    """Return the specification of a collection for a model's embeddings."""
+    return CollectionSpec(
+        name=name,
+        model_id=model.model_id,
+        n_bits=model.n_bits,
+        dim=model.dim,
+        feature_dtype=feature_dtype or model.feature_dtype,
+        expected_rows=expected_rows,
+    )
+
+
+def query_of(image: bytes | None, embedding: Embedding | None, item_id: str | None) -> Query:
+    """Return the query, InvalidInputError unless exactly one kind is given."""
+    if sum(value is not None for value in (image, embedding, item_id)) != 1:
+        raise InvalidInputError("a query is one of image, embedding and id: give exactly one")
+    return Query(image=image, embedding=embedding, id=item_id)
+
+
+def encoded_of(embedding: epb.Embedding, timings: enc.EncodeTimings) -> Encoded:
+    """Read one embedding with its timings."""
+    return Encoded(
+        embedding=convert.embedding_from_proto(embedding),
+        timings=convert.encode_timings_from_proto(timings),
+    )
+
+
+def deleted(reply: spb.DeleteResponse) -> DeleteResult:
+    """Read a Delete."""
+    return DeleteResult(version=reply.version, n_deleted=reply.n_deleted)
+
+
+def _encode_options(feature_dtype: FeatureDtype | None, activations: bool) -> enc.EncodeOptions:
+    return enc.EncodeOptions(
+        feature_dtype=convert.dtype_to_proto(feature_dtype), with_activations=activations
+    )
+
+
+def health_of(target: str, reply: health_pb2.HealthCheckResponse) -> ServiceHealth:
+    """Read a health check."""
+    status = health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
+    serving = reply.status == health_pb2.HealthCheckResponse.SERVING
+    return ServiceHealth(target=target, serving=serving, detail=status.lower())

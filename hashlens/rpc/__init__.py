@@ -1,0 +1,1 @@
+"""What both servers, and their clients, need of gRPC."""

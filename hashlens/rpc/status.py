@@ -1,0 +1,96 @@
+"""The one table between `hashlens.errors` and gRPC status, with its rich details.
+
+Read from left to right by the servers, from right to left by the clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import grpc
+from google.protobuf import duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+from hashlens import errors
+
+DETAILS_KEY = "grpc-status-details-bin"
+"""Trailing metadata that carries the `google.rpc.Status`."""
+
+_CODES: dict[type[errors.HashlensError], grpc.StatusCode] = {
+    errors.InvalidInputError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.NotFoundError: grpc.StatusCode.NOT_FOUND,
+    errors.AlreadyExistsError: grpc.StatusCode.ALREADY_EXISTS,
+    errors.PreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.LimitError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.UnavailableError: grpc.StatusCode.UNAVAILABLE,
+    errors.DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.CancelledError: grpc.StatusCode.CANCELLED,
+    errors.UnimplementedError: grpc.StatusCode.UNIMPLEMENTED,
+    errors.DataLossError: grpc.StatusCode.DATA_LOSS,
+    errors.InternalError: grpc.StatusCode.INTERNAL,
+}
+# Overload is told from a used-up resource by its RetryInfo, so the plain code means LimitError.
+_ERRORS = {code: cls for cls, code in _CODES.items()}
+
+
+def status_of(error: BaseException) -> status_pb2.Status:
+    """Return the `google.rpc.Status` of an error; what is not ours becomes INTERNAL."""
+    if not isinstance(error, errors.HashlensError):
+        error = errors.InternalError("an internal error; the server's log has the details")
+    code = next(
+        (_CODES[cls] for cls in type(error).__mro__ if cls in _CODES), grpc.StatusCode.INTERNAL
+    )
+    status = status_pb2.Status(code=code.value[0], message=error.message)
+    if isinstance(error, errors.InvalidInputError):
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=error.field, description=error.message
+        )
+        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    elif isinstance(error, errors.OverloadedError):
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    return status
+
+
+def error_of(status: status_pb2.Status) -> errors.HashlensError:
+    """Return the error that a `google.rpc.Status` stands for."""
+    bad_request = error_details_pb2.BadRequest()
+    retry = error_details_pb2.RetryInfo()
+    has_retry = False
+    for detail in status.details:
+        detail.Unpack(bad_request)
+        has_retry = detail.Unpack(retry) or has_retry
+    for code, cls in _ERRORS.items():
+        if code.value[0] != status.code:
+            continue
+        if cls is errors.InvalidInputError:
+            violations = bad_request.field_violations
+            return errors.InvalidInputError(
+                status.message, field=violations[0].field if violations else ""
+            )
+        if has_retry and code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return errors.OverloadedError(
+                status.message, retry_after_s=retry.retry_delay.ToNanoseconds() / 1e9
+            )
+        return cls(status.message)
+    return errors.InternalError(status.message or f"gRPC status {status.code}")
+
+
+def error_of_call(failure: grpc.RpcError) -> errors.HashlensError:
+    """Return the error behind a failed call, of the synchronous or the asynchronous API."""
+    trailing = cast("Iterable[tuple[str, str | bytes]]", failure.trailing_metadata() or ())
+    for key, value in trailing:
+        if key == DETAILS_KEY and isinstance(value, bytes):
+            return error_of(status_pb2.Status.FromString(value))
+    code: grpc.StatusCode = failure.code()
+    return error_of(status_pb2.Status(code=code.value[0], message=failure.details() or code.name))
+
+
+async def abort(context: grpc.aio.ServicerContext[object, object], error: BaseException) -> None:
+    """End the call with an error's status; never returns normally."""
+    status = status_of(error)
+    code = next(c for c in grpc.StatusCode if c.value[0] == status.code)
+    await context.abort(code, status.message, ((DETAILS_KEY, status.SerializeToString()),))
