@@ -1,0 +1,1 @@
+"""The encoder service: image bytes in, binary codes and F7 features out."""

@@ -82,9 +82,21 @@ class AlreadyExistsError(HashlensError):
 
 
 class PreconditionError(HashlensError):
-    """The request is well formed but does not fit the state it meets."""
+    """The request is well formed but does not fit the state it meets.
+
+    Parameters
+    ----------
+    message
+        What does not fit and what to do.
+    field
+        Path of the field that does not fit, if it is one, as in `InvalidInputError`.
+    """
 
     is_input_error = True
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class OverloadedError(HashlensError):

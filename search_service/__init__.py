@@ -1,0 +1,1 @@
+"""The search service: codes and features in, nearest items out."""

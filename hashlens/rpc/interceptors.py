@@ -113,6 +113,8 @@ def _guard_stream(behaviour: Callable[..., Any], method: str) -> Callable[..., A
 
 def _log(method: str, error: Exception, started_ns: int) -> None:
     spent_ms = (time.monotonic_ns() - started_ns) / 1e6
+    if isinstance(error, NotImplementedError):
+        return
     if not isinstance(error, HashlensError):
         logger.error("%s failed after %.1f ms", method, spent_ms, exc_info=error)
     elif not error.is_input_error and not isinstance(error, CancelledError):

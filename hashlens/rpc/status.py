@@ -37,13 +37,17 @@ _ERRORS = {code: cls for cls, code in _CODES.items()}
 
 def status_of(error: BaseException) -> status_pb2.Status:
     """Return the `google.rpc.Status` of an error; what is not ours becomes INTERNAL."""
+    if isinstance(error, NotImplementedError):  # What generated servicers raise by default.
+        error = errors.UnimplementedError("the contract has this call, this server not yet")
     if not isinstance(error, errors.HashlensError):
         error = errors.InternalError("an internal error; the server's log has the details")
     code = next(
         (_CODES[cls] for cls in type(error).__mro__ if cls in _CODES), grpc.StatusCode.INTERNAL
     )
     status = status_pb2.Status(code=code.value[0], message=error.message)
-    if isinstance(error, errors.InvalidInputError):
+    if isinstance(error, errors.InvalidInputError) or (
+        isinstance(error, errors.PreconditionError) and error.field
+    ):
         violation = error_details_pb2.BadRequest.FieldViolation(
             field=error.field, description=error.message
         )
@@ -66,11 +70,9 @@ def error_of(status: status_pb2.Status) -> errors.HashlensError:
     for code, cls in _ERRORS.items():
         if code.value[0] != status.code:
             continue
-        if cls is errors.InvalidInputError:
+        if cls is errors.InvalidInputError or cls is errors.PreconditionError:
             violations = bad_request.field_violations
-            return errors.InvalidInputError(
-                status.message, field=violations[0].field if violations else ""
-            )
+            return cls(status.message, field=violations[0].field if violations else "")
         if has_retry and code is grpc.StatusCode.RESOURCE_EXHAUSTED:
             return errors.OverloadedError(
                 status.message, retry_after_s=retry.retry_delay.ToNanoseconds() / 1e9

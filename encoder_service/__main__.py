@@ -1,0 +1,24 @@
+"""``python -m encoder_service``: wires the encoder service and runs it."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from encoder_service.config import EncoderConfig
+from encoder_service.servicer import EncoderServicer
+from hashlens.config import options
+from hashlens.rpc import logs, server
+
+
+@click.command()
+@options(EncoderConfig, "encoder")
+def main(config: EncoderConfig) -> None:
+    """Serve EncoderService: image bytes in, binary codes and features out."""
+    logs.set_up(config.log_format, config.log_level)
+    sys.exit(server.run(config, EncoderServicer(config)))
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m encoder_service")

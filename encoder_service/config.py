@@ -1,0 +1,44 @@
+"""What the encoder service can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from hashlens.config import setting
+from hashlens.errors import InvalidInputError
+from hashlens.rpc.server import ServerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig(ServerConfig):
+    """Options of ``python -m encoder_service``."""
+
+    listen: str = setting("127.0.0.1:50051", "Address and port to serve on; port 0 takes any.")
+    checkpoint: Path | None = setting(
+        None, "Checkpoint to serve, a safetensors file; the bundled one without."
+    )
+    device: str = setting("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is a device.")
+    feature_dtype: Literal["f16", "f32"] = setting(
+        "f16", "Number format of features when a request does not say."
+    )
+    n_threads: int = setting(0, "CPU threads of the model; 0: as many as the process may use.")
+    n_decode_threads: int = setting(2, "Threads that decode images.")
+    max_batch: int = setting(32, "Most images of one forward pass.")
+    max_wait_ms: float = setting(2.0, "Longest an image waits for company, in milliseconds.")
+    max_queue: int = setting(512, "Most images decoded or waiting; one more is refused.")
+    max_batch_items: int = setting(256, "Most images of one EncodeBatch.")
+    max_image_bytes: int = setting(20 * 2**20, "Largest image, in bytes.")
+    max_image_pixels: int = setting(64_000_000, "Largest image, width times height.")
+
+    def __post_init__(self) -> None:
+        for name in ("n_decode_threads", "max_batch", "max_queue", "max_batch_items"):
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"{name} is at least 1", field=name)
+        if self.max_queue < self.max_batch_items:
+            raise InvalidInputError(
+                f"max_queue ({self.max_queue}) must hold one EncodeBatch of max_batch_items "
+                f"({self.max_batch_items}), or the largest would always be refused",
+                field="max_queue",
+            )

@@ -1,0 +1,164 @@
+"""EncoderService: protobuf to the pipeline and back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from encoder_service.config import EncoderConfig
+from encoder_service.encoder import Encoder
+from encoder_service.model.checkpoint import load_checkpoint
+from encoder_service.pipeline import EncodePipeline
+from hashlens import convert
+from hashlens.errors import HashlensError, InvalidInputError
+from hashlens.rpc.limits import check_size
+from hashlens.rpc.server import deadline_s
+from hashlens.rpc.status import status_of
+from hashlens.types import Encoded, FeatureDtype, ModelInfo
+from hashlens.v1 import encoder_service_pb2 as enc
+from hashlens.v1 import encoder_service_pb2_grpc as enc_grpc
+
+logger = logging.getLogger(__name__)
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+DEFAULT_CHECKPOINT = "fashion-mnist-mobilenet_v3_small-48.safetensors"
+"""The bundled checkpoint, in `encoder_service.checkpoints`."""
+
+
+class EncoderServicer(enc_grpc.EncoderServiceServicer):
+    """Answers the RPCs; a `hashlens.rpc.server.Service`.
+
+    Parameters
+    ----------
+    config
+        See `EncoderConfig`.
+    """
+
+    names: Sequence[str] = ("hashlens.v1.EncoderService",)
+
+    def __init__(self, config: EncoderConfig) -> None:
+        self._config = config
+        self._stack = AsyncExitStack()
+        self._pipeline: EncodePipeline
+        self._model: ModelInfo
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Add the servicer to a server."""
+        enc_grpc.add_EncoderServiceServicer_to_server(self, server)
+
+    async def warm_up(self) -> None:
+        """Load the checkpoint and run the model once."""
+        config = self._config
+        path = config.checkpoint or Path(
+            str(resources.files("encoder_service") / "checkpoints" / DEFAULT_CHECKPOINT)
+        )
+        encoder = await asyncio.to_thread(
+            lambda: Encoder(load_checkpoint(path), device=config.device, n_threads=config.n_threads)
+        )
+        self._pipeline = await self._stack.enter_async_context(EncodePipeline(encoder, config))
+        self._model = ModelInfo(
+            model_id=encoder.model_id,
+            backbone=encoder.backbone,
+            n_bits=encoder.n_bits,
+            dim=encoder.dim,
+            classes=encoder.classes,
+            preprocessing=encoder.preprocessing.to_json(),
+            metrics=encoder.metrics,
+            licence=encoder.data_licence,
+            max_image_bytes=config.max_image_bytes,
+            max_image_pixels=config.max_image_pixels,
+            max_batch_items=config.max_batch_items,
+            max_message_bytes=config.max_message_bytes,
+            feature_dtype=FeatureDtype(config.feature_dtype),
+            device=str(encoder.device),
+        )
+        logger.info(
+            "model %s: %s, %d bits, F7 %d wide, on %s",
+            encoder.model_id,
+            encoder.backbone,
+            encoder.n_bits,
+            encoder.dim,
+            encoder.device,
+        )
+
+    async def close(self) -> None:
+        """Stop the threads."""
+        await self._stack.aclose()
+
+    async def Encode(  # noqa: N802 - the contract's name
+        self, request: enc.EncodeRequest, context: _Context
+    ) -> enc.EncodeResponse:
+        """Encode one image."""
+        encoded = await self._encode(
+            request.image, request.options, deadline_s(context, self._config), field="image"
+        )
+        return enc.EncodeResponse(
+            embedding=convert.embedding_to_proto(encoded.embedding),
+            timings=convert.encode_timings_to_proto(encoded.timings),
+        )
+
+    async def EncodeBatch(  # noqa: N802 - the contract's name
+        self, request: enc.EncodeBatchRequest, context: _Context
+    ) -> enc.EncodeBatchResponse:
+        """Encode several images, each by itself."""
+        n = len(request.images)
+        if n > self._config.max_batch_items:
+            raise InvalidInputError(
+                f"{n} images: at most {self._config.max_batch_items} fit one EncodeBatch; "
+                "send several",
+                field="images",
+            )
+        convert.dtype_from_proto(request.options.feature_dtype, field="options.feature_dtype")
+        left_s = deadline_s(context, self._config)
+        results = await asyncio.gather(
+            *(
+                self._encode_result(image, request.options, left_s, field=f"images[{i}]")
+                for i, image in enumerate(request.images)
+            )
+        )
+        reply = enc.EncodeBatchResponse(results=results)
+        check_size(
+            reply.ByteSize(), self._config.max_message_bytes, "send fewer images, or ask for F16"
+        )
+        return reply
+
+    async def GetModel(  # noqa: N802 - the contract's name
+        self, request: enc.GetModelRequest, context: _Context
+    ) -> enc.GetModelResponse:
+        """Describe the model."""
+        return convert.model_to_proto(self._model)
+
+    async def _encode_result(
+        self, image: bytes, options: enc.EncodeOptions, left_s: float, *, field: str
+    ) -> enc.EncodeResult:
+        try:
+            encoded = await self._encode(image, options, left_s, field=field)
+        except HashlensError as error:
+            return enc.EncodeResult(error=status_of(error))
+        return enc.EncodeResult(
+            embedding=convert.embedding_to_proto(encoded.embedding),
+            timings=convert.encode_timings_to_proto(encoded.timings),
+        )
+
+    async def _encode(
+        self, image: bytes, options: enc.EncodeOptions, left_s: float, *, field: str
+    ) -> Encoded:
+        dtype = convert.dtype_from_proto(options.feature_dtype, field="options.feature_dtype")
+        try:
+            return await self._pipeline.encode(
+                image,
+                deadline_s=left_s,
+                feature_dtype=dtype,
+                omit_feature=options.omit_feature,
+                with_activations=options.with_activations,
+            )
+        except InvalidInputError as error:
+            raise (error if error.field else error.within(field)) from None

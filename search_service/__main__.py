@@ -1,0 +1,24 @@
+"""``python -m search_service``: wires the search service and runs it."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from hashlens.config import options
+from hashlens.rpc import logs, server
+from search_service.config import SearchConfig
+from search_service.servicer import SearchServicer
+
+
+@click.command()
+@options(SearchConfig, "search")
+def main(config: SearchConfig) -> None:
+    """Serve SearchService: codes and features in, nearest items out."""
+    logs.set_up(config.log_format, config.log_level)
+    sys.exit(server.run(config, SearchServicer(config)))
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m search_service")

@@ -1,0 +1,113 @@
+"""Whether what a caller sends fits the collection it is sent to."""
+
+from __future__ import annotations
+
+from hashlens import convert
+from hashlens.errors import InvalidInputError, PreconditionError
+from hashlens.types import CollectionSpec, Embedding, Item, Query, Rank, SearchOptions
+from hashlens.v1 import search_service_pb2 as spb
+
+
+def check_embedding(
+    embedding: Embedding, spec: CollectionSpec, *, field: str, needs_feature: bool = True
+) -> None:
+    """Raise unless an embedding may be compared with a collection's.
+
+    Parameters
+    ----------
+    embedding
+        Well formed in itself, see `hashlens.convert.embedding_from_proto`.
+    spec
+        What the collection is bound to.
+    field
+        Path of the embedding in the request.
+    needs_feature
+        Whether an embedding without a feature is refused, where the collection has features.
+
+    Raises
+    ------
+    PreconditionError
+        Another model's, or another width: a collection never mixes them.
+    InvalidInputError
+        Another number format, or no feature.
+    """
+    if embedding.model_id != spec.model_id:
+        raise PreconditionError(
+            f"the embedding is of model {embedding.model_id or '(none given)'}, collection "
+            f"{spec.name!r} holds those of {spec.model_id}: encode with that model, or make a "
+            "collection for this one",
+            field=f"{field}.model_id",
+        )
+    if embedding.n_bits != spec.n_bits:
+        raise PreconditionError(
+            f"the code has {embedding.n_bits} bits, collection {spec.name!r} holds codes of "
+            f"{spec.n_bits}",
+            field=f"{field}.code.n_bits",
+        )
+    if embedding.feature is None:
+        if needs_feature and spec.dim:
+            raise InvalidInputError(
+                f"collection {spec.name!r} ranks by features: send the feature, too",
+                field=f"{field}.feature",
+            )
+        return
+    if embedding.dim != spec.dim:
+        raise PreconditionError(
+            f"the feature has {embedding.dim} numbers, collection {spec.name!r} holds features of "
+            f"{spec.dim}",
+            field=f"{field}.feature.dim",
+        )
+    if embedding.feature.dtype != spec.feature_dtype.numpy:
+        raise InvalidInputError(
+            f"the feature is {embedding.feature.dtype}, collection {spec.name!r} holds "
+            f"{spec.feature_dtype.value}: ask the encoder for that format",
+            field=f"{field}.feature.dtype",
+        )
+
+
+def item_of(message: spb.Item, spec: CollectionSpec, *, field: str) -> Item:
+    """Return an item that may be written to the collection, or raise."""
+    try:
+        item = convert.item_from_proto(message)
+    except InvalidInputError as error:
+        raise error.within(field) from None
+    if item.embedding is not None:
+        check_embedding(item.embedding, spec, field=f"{field}.embedding")
+    return item
+
+
+def query_of(message: spb.Query, spec: CollectionSpec, rank: Rank, *, field: str) -> Query:
+    """Return a query that the collection can answer, or raise."""
+    try:
+        query = convert.query_from_proto(message)
+    except InvalidInputError as error:
+        raise error.within(field) from None
+    if query.embedding is not None:
+        check_embedding(
+            query.embedding,
+            spec,
+            field=f"{field}.embedding",
+            needs_feature=rank is not Rank.HAMMING,
+        )
+    return query
+
+
+def options_of(
+    message: spb.SearchOptions, spec: CollectionSpec, *, field: str = "options"
+) -> SearchOptions:
+    """Return options that make sense for the collection, or raise."""
+    try:
+        options = convert.options_from_proto(message)
+    except InvalidInputError as error:
+        raise error.within(field) from None
+    if options.max_hamming_bits is not None and options.max_hamming_bits > spec.n_bits:
+        raise InvalidInputError(
+            f"max_hamming_bits is {options.max_hamming_bits}, but codes of {spec.n_bits} bits are "
+            f"at most {spec.n_bits} apart",
+            field=f"{field}.max_hamming_bits",
+        )
+    if options.rank is Rank.EUCLIDEAN and spec.dim == 0:
+        raise InvalidInputError(
+            f"collection {spec.name!r} holds codes only: rank by HAMMING", field=f"{field}.rank"
+        )
+    return options

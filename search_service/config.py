@@ -1,0 +1,36 @@
+"""What the search service can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hashlens.config import setting
+from hashlens.errors import InvalidInputError
+from hashlens.rpc.server import ServerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig(ServerConfig):
+    """Options of ``python -m search_service``."""
+
+    listen: str = setting("127.0.0.1:50052", "Address and port to serve on; port 0 takes any.")
+    data_dir: Path = setting(Path("hashlens-data"), "Directory of the arrays; made if missing.")
+    redis_url: str | None = setting(
+        None, "Redis or Valkey, redis://... or unix://...; without, one is started beside the data."
+    )
+    encoder: str | None = setting(
+        "127.0.0.1:50051", "host:port of the encoder service, for queries and items by image."
+    )
+    n_threads: int = setting(0, "Threads of the kernels; 0: as many as the process may use.")
+    max_queue: int = setting(1024, "Most searches waiting for the kernels; one more is refused.")
+    max_batch_queries: int = setting(256, "Most queries of one SearchBatch.")
+    n_store_threads: int = setting(16, "Threads that wait for Redis.")
+    checkpoint_interval_s: float = setting(30.0, "Longest between checkpoints, in seconds.")
+
+    def __post_init__(self) -> None:
+        for name in ("max_queue", "max_batch_queries", "n_store_threads"):
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"{name} is at least 1", field=name)
+        if self.checkpoint_interval_s <= 0:
+            raise InvalidInputError("checkpoint_interval_s is above 0")

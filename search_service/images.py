@@ -1,0 +1,133 @@
+"""The search service as a client of the encoder service."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+from hashlens.client import AsyncClient, ClientConfig
+from hashlens.errors import (
+    HashlensError,
+    InternalError,
+    InvalidInputError,
+    PreconditionError,
+    UnavailableError,
+)
+from hashlens.types import CollectionSpec, Encoded
+from search_service import checks
+
+
+class ImageEncoder:
+    """Has images encoded for a collection.
+
+    Parameters
+    ----------
+    target
+        ``host:port`` of the encoder service; None if there is none.
+    max_message_bytes
+        Largest request or reply.
+    """
+
+    def __init__(self, target: str | None, max_message_bytes: int) -> None:
+        self._target = target
+        self._max_message_bytes = max_message_bytes
+        self._client: AsyncClient | None = None
+
+    async def __aenter__(self) -> Self:
+        if self._target is not None:
+            self._client = AsyncClient(
+                search=self._target,
+                encoder=self._target,
+                config=ClientConfig(max_message_bytes=self._max_message_bytes),
+            )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._client is not None:
+            await self._client.close()
+
+    async def encode(
+        self,
+        image: bytes,
+        spec: CollectionSpec,
+        *,
+        with_activations: bool,
+        deadline_s: float,
+        field: str,
+    ) -> Encoded:
+        """Return an image's embedding in the form that a collection compares.
+
+        Raises
+        ------
+        InvalidInputError
+            No image; the field path is that of the caller's request.
+        PreconditionError
+            No encoder is configured, or it has another model than the collection.
+        UnavailableError
+            The encoder is away.
+        """
+        client = self._connected(field)
+        try:
+            encoded = await client.encode(
+                image,
+                feature_dtype=spec.feature_dtype,
+                with_activations=with_activations,
+                deadline_s=deadline_s,
+            )
+        except HashlensError as error:
+            raise self._explained(error, field) from None
+        checks.check_embedding(encoded.embedding, spec, field=field)
+        return encoded
+
+    async def encode_all(
+        self,
+        images: Sequence[bytes],
+        spec: CollectionSpec,
+        *,
+        deadline_s: float,
+        fields: Sequence[str],
+    ) -> list[Encoded | HashlensError]:
+        """Return an embedding, or the error in its place, for each image; see `encode`."""
+        client = self._connected(fields[0])
+        try:
+            results = await client.encode_batch(
+                images, feature_dtype=spec.feature_dtype, deadline_s=deadline_s
+            )
+        except HashlensError as error:
+            raise self._explained(error, fields[0]) from None
+        if len(results) != len(images):
+            raise InternalError(f"{len(images)} images gave {len(results)} embeddings")
+        return [
+            self._checked(result, spec, field)
+            for result, field in zip(results, fields, strict=True)
+        ]
+
+    def _connected(self, field: str) -> AsyncClient:
+        if self._client is None:
+            raise PreconditionError(
+                "this search service has no encoder: send embeddings, or start it with --encoder",
+                field=field,
+            )
+        return self._client
+
+    def _checked(
+        self, result: Encoded | HashlensError, spec: CollectionSpec, field: str
+    ) -> Encoded | HashlensError:
+        """Return the result, or why it does not fit the collection."""
+        if isinstance(result, HashlensError):
+            return self._explained(result, field)
+        try:
+            checks.check_embedding(result.embedding, spec, field=field)
+        except HashlensError as error:
+            return error
+        return result
+
+    def _explained(self, error: HashlensError, field: str) -> HashlensError:
+        """Return the encoder's error in the terms of our own caller's request."""
+        if isinstance(error, InvalidInputError):
+            return InvalidInputError(error.message, field=field)
+        if isinstance(error, UnavailableError):
+            return UnavailableError(
+                f"the encoder service at {self._target} is away: {error.message}"
+            )
+        return error
