@@ -17,7 +17,9 @@ from hashlens.rpc import logs, server
 def main(config: EncoderConfig) -> None:
     """Serve EncoderService: image bytes in, binary codes and features out."""
     logs.set_up(config.log_format, config.log_level)
-    sys.exit(server.run(config, EncoderServicer(config)))
+    # What the servicer does not define, its generated base answers with UNIMPLEMENTED.
+    servicer = EncoderServicer(config)  # type: ignore[abstract]
+    sys.exit(server.run(config, servicer))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,10 @@ class EncoderConfig(ServerConfig):
     feature_dtype: Literal["f16", "f32"] = setting(
         "f16", "Number format of features when a request does not say."
     )
-    n_threads: int = setting(0, "CPU threads of the model; 0: as many as the process may use.")
+    autocast: Literal["off", "bfloat16", "float16"] = setting(
+        "off", "Number format of the model on CUDA; one setting for a whole collection."
+    )
+    n_threads: int = setting(0, "CPU threads of the model; 0: what is best for its size.")
     n_decode_threads: int = setting(2, "Threads that decode images.")
     max_batch: int = setting(32, "Most images of one forward pass.")
     max_wait_ms: float = setting(2.0, "Longest an image waits for company, in milliseconds.")

@@ -6,15 +6,13 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import grpc
 
 from encoder_service.config import EncoderConfig
 from encoder_service.encoder import Encoder
-from encoder_service.model.checkpoint import load_checkpoint
+from encoder_service.model.checkpoint import default_checkpoint_path, load_checkpoint
 from encoder_service.pipeline import EncodePipeline
 from hashlens import convert
 from hashlens.errors import HashlensError, InvalidInputError
@@ -28,9 +26,6 @@ from hashlens.v1 import encoder_service_pb2_grpc as enc_grpc
 logger = logging.getLogger(__name__)
 
 _Context = grpc.aio.ServicerContext[Any, Any]
-
-DEFAULT_CHECKPOINT = "fashion-mnist-mobilenet_v3_small-48.safetensors"
-"""The bundled checkpoint, in `encoder_service.checkpoints`."""
 
 
 class EncoderServicer(enc_grpc.EncoderServiceServicer):
@@ -57,11 +52,14 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
     async def warm_up(self) -> None:
         """Load the checkpoint and run the model once."""
         config = self._config
-        path = config.checkpoint or Path(
-            str(resources.files("encoder_service") / "checkpoints" / DEFAULT_CHECKPOINT)
-        )
+        path = config.checkpoint or default_checkpoint_path()
         encoder = await asyncio.to_thread(
-            lambda: Encoder(load_checkpoint(path), device=config.device, n_threads=config.n_threads)
+            lambda: Encoder(
+                load_checkpoint(path),
+                device=config.device,
+                n_threads=config.n_threads,
+                autocast=config.autocast,
+            )
         )
         self._pipeline = await self._stack.enter_async_context(EncodePipeline(encoder, config))
         self._model = ModelInfo(

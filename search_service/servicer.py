@@ -77,9 +77,10 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
     async def warm_up(self) -> None:
         """Open the store, compile the kernels, reach for the encoder."""
         config = self._config
-        self._executor = await self._stack.enter_async_context(
-            Executor(n_threads=config.n_threads, max_queue=config.max_queue)
+        self._executor = await self._in_thread(
+            lambda: Executor(n_threads=config.n_threads, max_queue=config.max_queue)
         )
+        self._stack.callback(self._executor.close)
         self._images = await self._stack.enter_async_context(
             ImageEncoder(config.encoder, config.max_message_bytes)
         )
@@ -89,7 +90,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
             checkpoint_interval_s=config.checkpoint_interval_s,
         )
         self._store = await self._in_thread(Store.open, store_config)
-        await self._executor.warm_up()
+        await self._executor.run(lambda cancel: self._engine.warm_up())
 
     async def close(self) -> None:
         """Stop the executor, checkpoint and close the store."""
@@ -295,7 +296,9 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
     async def _collection(self, name: str, *, field: str = "collection") -> Collection:
         convert.check_collection_name(name, field=field)
         found = self._store.find(name)
-        return found or await self._in_thread(self._store.get, name)
+        if found is not None:
+            return found
+        return await self._in_thread(lambda: self._store.get(name))
 
     async def _info(self, collection: Collection) -> spb.CollectionInfo:
         return convert.info_to_proto(await self._in_thread(collection.info))
@@ -340,12 +343,16 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         else:
             assert query.embedding is not None
             embedding = query.embedding
-        result, queue_ns = await self._executor.run(
+        outcome = await self._executor.run(
             lambda cancel: self._engine.search(snapshot, embedding, options, cancel),
             deadline_s=left_s - (time.monotonic_ns() - started_ns) / 1e9,
         )
+        result = outcome.value
         timings = replace(
-            result.receipt.timings, encode=encode, encode_call_ns=call_ns, queue_ns=queue_ns
+            result.receipt.timings,
+            encode=encode,
+            encode_call_ns=call_ns,
+            queue_ns=outcome.queue_ns,
         )
         return replace(result, receipt=replace(result.receipt, timings=timings))
 

@@ -1,0 +1,1 @@
+"""The network, its backbones and the file it is kept in."""

@@ -1,0 +1,102 @@
+"""The page that `hashlens search --html` writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hashlens.cli.images import thumbnail, thumbnail_of_file
+from hashlens.cli.ingest import pipelined
+from hashlens.cli.markup import Html, data_uri, page, tag
+from hashlens.cli.progress import step
+from hashlens.cli.search import path_of, receipt_line
+from hashlens.cli.text import console, counted, printable
+from hashlens.types import Hit, SearchResult
+
+MAX_SHOWN = 1000
+"""Hits on one page."""
+
+_SIDE = 240
+_WORKERS = 4
+
+
+def search_page(
+    query: str, image: bytes | None, collection: str, result: SearchResult, call_ms: float
+) -> str:
+    """Return a gallery of an answer, pictures included where their files can be read.
+
+    Parameters
+    ----------
+    query
+        Path of the picture that was searched by, or the id of the item.
+    image
+        The picture's bytes; None for an item.
+    collection
+        The collection's name.
+    result
+        The answer.
+    call_ms
+        The whole call, in milliseconds.
+    """
+    hits = result.hits[:MAX_SHOWN]
+    asked = thumbnail_of_file(Path(query), _SIDE) if image is None else thumbnail(image, _SIDE)
+    cards = [_card(n, hit, shown) for n, (hit, shown) in enumerate(_thumbnails(hits), 1)]
+    cut = "" if len(hits) == len(result.hits) else f", the first {len(hits):,} shown"
+    return page(
+        f"Similar to {printable(Path(query).name)}",
+        tag(
+            "header",
+            tag("div", _picture(asked, "the query"), class_="asked-for"),
+            tag(
+                "div",
+                tag("p", "Hashlens search", class_="overline"),
+                tag("h1", f"Similar to {printable(Path(query).name)}"),
+                tag("p", printable(query), class_="path"),
+                tag(
+                    "p",
+                    f"{counted(len(result.hits), 'answer')} from the collection ",
+                    tag("strong", collection),
+                    f"{cut}, best first.",
+                    class_="lead",
+                ),
+                tag("p", receipt_line(result.receipt, call_ms), class_="receipt"),
+            ),
+            class_="search-header",
+        ),
+        tag("ol", cards, class_="cards")
+        if cards
+        else tag("p", "Nothing was found.", class_="lead"),
+    )
+
+
+def _thumbnails(hits: Sequence[Hit]) -> list[tuple[Hit, bytes | None]]:
+    shown = []
+    with step(console(stderr=True), "Making thumbnails", len(hits), "images") as advance:
+        for made in pipelined(
+            lambda hit: thumbnail_of_file(Path(path_of(hit)), _SIDE), hits, _WORKERS
+        ):
+            shown.append(made)
+            advance(1)
+    return list(zip(hits, shown, strict=True))
+
+
+def _card(n: int, hit: Hit, shown: bytes | None) -> Html:
+    path = path_of(hit)
+    name = Path(path).name or path
+    picture = _picture(shown, printable(name))
+    if shown is not None and Path(path).is_absolute():
+        picture = tag("a", picture, href=Path(path).as_uri())
+    bits = counted(hit.hamming_bits, "bit")
+    distance = bits if hit.distance is None else f"{hit.distance:.3f} · {bits}"
+    return tag(
+        "li",
+        picture,
+        tag("p", tag("b", str(n), class_="rank"), tag("span", distance), class_="distances"),
+        tag("p", printable(name), class_="name", title=printable(path)),
+    )
+
+
+def _picture(data: bytes | None, text: str) -> Html:
+    if data is None:
+        return tag("span", "no preview", class_="no-picture")
+    return tag("img", src=data_uri(data, "image/webp"), alt=text, loading="lazy")

@@ -1,0 +1,55 @@
+"""`hashlens health`: does each service serve?"""
+
+from __future__ import annotations
+
+import json
+
+import click
+from rich.table import Table
+from rich.text import Text
+
+from hashlens.cli.connect import targets
+from hashlens.cli.text import console, printable
+from hashlens.client import Client
+
+
+@click.command()
+@targets
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def health(
+    ctx: click.Context,
+    search_target: str,
+    encoder_target: str,
+    as_json: bool,
+) -> None:
+    """Say whether each service serves; exit status 0 only if all do."""
+    with Client(search_target, encoder_target) as client:
+        states = {state.target: state for state in client.health()}
+    rows = [
+        (name, states[target])
+        for name, target in (("encoder", encoder_target), ("search", search_target))
+    ]
+    ok = all(state.serving for _, state in rows)
+    if as_json:
+        services = [
+            {
+                "service": name,
+                "target": state.target,
+                "serving": state.serving,
+                "detail": state.detail,
+            }
+            for name, state in rows
+        ]
+        click.echo(json.dumps({"serving": ok, "services": services}, indent=2))
+    else:
+        table = Table("service", "address", "state", "detail", box=None, pad_edge=False)
+        for name, state in rows:
+            word, style = ("serving", "green") if state.serving else ("away", "red")
+            # Of gRPC's chain of causes, the last says most: `Connection refused`, say.
+            detail = "" if state.serving else printable(state.detail.rpartition(": ")[2])
+            table.add_row(name, printable(state.target), Text(word, style), Text(detail, "dim"))
+        console().print(table)
+        if not ok:
+            click.echo("Start both with `hashlens up`.", err=True)
+    ctx.exit(0 if ok else 1)

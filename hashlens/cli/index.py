@@ -1,0 +1,225 @@
+"""`hashlens index`: a folder of images into a collection."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hashlens.cli.connect import collection_option, connected, targets
+from hashlens.cli.ingest import CALL_DEADLINE_S, encode_patiently, pipelined
+from hashlens.cli.progress import step
+from hashlens.cli.prune import prune_gone
+from hashlens.cli.scan import ImageFile, Problem, scan
+from hashlens.cli.text import console, counted, duration, printable, reason_of
+from hashlens.client import Client
+from hashlens.errors import HashlensError, NotFoundError, PreconditionError
+from hashlens.types import CollectionSpec, Encoded, Item, ModelInfo
+
+BATCH_ITEMS = 64
+BATCH_BYTES = 16 * 2**20
+"""A batch is cut when it would be larger; `workers` of them are in memory at once."""
+
+LISTED_PROBLEMS = 100
+"""Problems that are listed for people; ``--json`` lists all."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of some files."""
+
+    indexed: int = 0
+    unchanged: int = 0
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def n_files(self) -> int:
+        """Files that were dealt with."""
+        return self.indexed + self.unchanged + len(self.problems)
+
+    def add(self, other: Outcome) -> None:
+        """Add what became of others."""
+        self.indexed += other.indexed
+        self.unchanged += other.unchanged
+        self.problems += other.problems
+
+
+@click.command()
+@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False))
+@collection_option
+@targets
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 64),
+    default=4,
+    show_default=True,
+    help="Batches that are read, encoded and written at the same time.",
+)
+@click.option("--prune", is_flag=True, help="Also remove images whose files below DIR are gone.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def index(
+    folder: str,
+    collection: str,
+    search_target: str,
+    encoder_target: str,
+    workers: int,
+    prune: bool,
+    as_json: bool,
+) -> None:
+    """Put all images below DIR into a collection.
+
+    Images that are in already, and whose files have not changed, are skipped; so an interrupted
+    run is continued by running it again. Files that cannot be read are listed at the end; hidden
+    ones are left out. An image's id is its absolute path.
+    """
+    begun = time.monotonic()
+    root = Path(folder).resolve()
+    log = console(stderr=True)
+    with connected(search_target, encoder_target) as client:
+        model = client.model()
+        spec = open_collection(client, collection, model)
+        found = scan(root, model.max_image_bytes)
+        total = Outcome(problems=list(found.problems))
+        batches = cut(found.files, min(BATCH_ITEMS, model.max_batch_items))
+        with step(log, "Indexing", len(found.files), "images") as advance:
+            for outcome in pipelined(
+                lambda batch: index_batch(client, spec, batch), batches, workers
+            ):
+                total.add(outcome)
+                advance(outcome.n_files)
+        pruned = prune_gone(client, spec, root) if prune else 0
+        n_items = client.collection(collection).n_items
+    summary = {
+        "collection": collection,
+        "folder": str(root),
+        "found": len(found.files),
+        "indexed": total.indexed,
+        "unchanged": total.unchanged,
+        "failed": [{"path": p.path, "reason": p.reason} for p in total.problems],
+        "pruned": pruned,
+        "items": n_items,
+        "seconds": round(time.monotonic() - begun, 3),
+    }
+    click.echo(json.dumps(summary, indent=2) if as_json else described(summary))
+
+
+def open_collection(client: Client, name: str, model: ModelInfo) -> CollectionSpec:
+    """Return a collection's specification; it is made if it is not there.
+
+    Raises
+    ------
+    PreconditionError
+        It holds another model's embeddings.
+    """
+    try:
+        spec = client.collection(name).spec
+    except NotFoundError:
+        return client.create_collection(name).spec
+    if (spec.model_id, spec.n_bits) != (model.model_id, model.n_bits):
+        raise PreconditionError(
+            f"the collection {name} holds embeddings of model {spec.model_id[:12]}, but the "
+            f"encoder runs {model.model_id[:12]}. Index into another one with --collection, or "
+            f"run `hashlens drop {name}` and index again."
+        )
+    return spec
+
+
+def cut(files: Iterable[ImageFile], max_items: int) -> Iterator[list[ImageFile]]:
+    """Cut files into batches of at most `max_items` and about `BATCH_BYTES`."""
+    batch: list[ImageFile] = []
+    size = 0
+    for file in files:
+        if batch and (len(batch) >= max_items or size + file.size > BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(file)
+        size += file.size
+    if batch:
+        yield batch
+
+
+def payload_of(file: ImageFile) -> bytes:
+    """Return what is stored with an image; equal as long as its file has not changed."""
+    facts = {"path": file.path, "size": file.size, "mtime_ns": file.mtime_ns}
+    return json.dumps(facts, ensure_ascii=False).encode("utf-8")
+
+
+def index_batch(client: Client, spec: CollectionSpec, batch: list[ImageFile]) -> Outcome:
+    """Read, encode and write those of some files that are new or changed."""
+    stored = client.get_items(spec.name, [file.path for file in batch], deadline_s=CALL_DEADLINE_S)
+    payloads = {item.id: item.payload for item in stored}
+    fresh = [file for file in batch if payloads.get(file.path) != payload_of(file)]
+    outcome = Outcome(unchanged=len(batch) - len(fresh))
+
+    files: list[ImageFile] = []
+    images: list[bytes] = []
+    for file in fresh:
+        try:
+            images.append(_read(file))
+        except OSError as error:
+            outcome.problems.append(Problem(file.path, reason_of(error)))
+        else:
+            files.append(file)
+
+    items = []
+    for file, result in zip(files, encode_patiently(client, images, spec), strict=True):
+        if isinstance(result, HashlensError):
+            outcome.problems.append(Problem(file.path, result.message))
+        else:
+            items.append(_item(file, result, spec))
+    written = client.upsert(spec.name, items, deadline_s=CALL_DEADLINE_S)
+    outcome.indexed = written.n_written
+    outcome.problems += [Problem(f.id, f.error.message) for f in written.failures]
+    return outcome
+
+
+def _read(file: ImageFile) -> bytes:
+    """Return a file's bytes; OSError if it is no longer what the scan has found."""
+    with open(file.path, "rb", opener=_open_without_waiting) as stream:
+        status = os.fstat(stream.fileno())
+        data = stream.read(file.size + 1)
+    if len(data) != file.size or status.st_mtime_ns != file.mtime_ns:
+        raise OSError(0, "it changed while it was read: run again")
+    return data
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    # What was a file when the folder was scanned may be a pipe by now.
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _item(file: ImageFile, encoded: Encoded, spec: CollectionSpec) -> Item:
+    embedding = encoded.embedding
+    if spec.dim == 0:
+        embedding = replace(embedding, feature=None)
+    return Item(id=file.path, embedding=embedding, payload=payload_of(file))
+
+
+def described(summary: dict[str, Any]) -> str:
+    """Return the summary for people."""
+    failed = summary["failed"]
+    parts = [f"{summary['indexed']:,} indexed", f"{summary['unchanged']:,} unchanged"]
+    if failed:
+        parts.append(f"{len(failed):,} not readable")
+    if summary["pruned"]:
+        parts.append(f"{summary['pruned']:,} removed")
+    lines = [
+        f"{printable(summary['folder'])}: {', '.join(parts)} in {duration(summary['seconds'])}. "
+        f"{summary['collection']} now holds {counted(summary['items'], 'image')}."
+    ]
+    if failed:
+        lines += ["", "Not indexed:"]
+        root = Path(summary["folder"])
+        for problem in failed[:LISTED_PROBLEMS]:
+            path = Path(problem["path"])
+            shown = path.relative_to(root) if path.is_relative_to(root) else path
+            lines.append(f"  {printable(str(shown))}: {printable(problem['reason'])}")
+        if len(failed) > LISTED_PROBLEMS:
+            lines.append(f"  and {len(failed) - LISTED_PROBLEMS:,} more; --json lists all")
+    return "\n".join(lines)

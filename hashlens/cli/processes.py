@@ -1,0 +1,214 @@
+"""Both services as processes, for as long as a block of code runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from hashlens.cli.child import POLL_S, LogSink, ServiceProcess
+from hashlens.errors import DeadlineError
+
+START_DEADLINE_S = 180.0
+"""Time for a service to load its model or its data and to warm up, in seconds."""
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Make SIGTERM and SIGHUP end the block as Ctrl-C does: by KeyboardInterrupt."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    with _handled(interrupt, signal.SIGTERM, signal.SIGHUP):
+        yield
+
+
+@contextmanager
+def _caught() -> Iterator[threading.Event]:
+    """Note signals that would end the process instead of obeying them."""
+    caught = threading.Event()
+    with _handled(lambda number, frame: caught.set(), signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        yield caught
+
+
+@contextmanager
+def _handled(
+    handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals
+) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServicesConfig:
+    """What to start, and where."""
+
+    data: Path
+    """Directory of the search service; made if it is not there."""
+    encoder_listen: str = "127.0.0.1:0"
+    search_listen: str = "127.0.0.1:0"
+    checkpoint: Path | None = None
+    """None: the encoder's own default."""
+    redis_url: str | None = None
+    """None: an embedded store in `data`."""
+    device: str = "auto"
+    isolated: bool = False
+    """Do not let ``HASHLENS_*`` of the environment reach the services."""
+
+
+class Services:
+    """Both services. Use `running`."""
+
+    def __init__(self, encoder: ServiceProcess, search: ServiceProcess) -> None:
+        self._encoder = encoder
+        self._search = search
+
+    @property
+    def encoder(self) -> str:
+        """Where the encoder service listens."""
+        assert self._encoder.address is not None
+        return reachable(self._encoder.address)
+
+    @property
+    def search(self) -> str:
+        """Where the search service listens."""
+        assert self._search.address is not None
+        return reachable(self._search.address)
+
+    def watch(self) -> None:
+        """Wait until a service ends.
+
+        Raises
+        ------
+        UnavailableError
+            Always, when that happens; it says which and why.
+        """
+        while True:
+            self._encoder.check()
+            self._search.check()
+            time.sleep(4 * POLL_S)
+
+
+@contextmanager
+def running(
+    config: ServicesConfig,
+    *,
+    on_line: LogSink,
+    on_serving: Callable[[str], None] = lambda name: None,
+) -> Iterator[Services]:
+    """Start both services, and stop them when the block ends, however it ends.
+
+    The search service is asked to stop first, as it may still need the encoder. A signal while
+    they stop hurries them.
+
+    Parameters
+    ----------
+    config
+        What to start.
+    on_line
+        Gets each line that a service logs.
+    on_serving
+        Called with a service's name when it serves.
+
+    Raises
+    ------
+    UnavailableError, DeadlineError
+        A service did not start; the other one is stopped.
+    """
+    started: list[ServiceProcess] = []
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not (config.isolated and name.startswith("HASHLENS_"))
+    }
+
+    def start(name: str, module: str, arguments: list[str]) -> ServiceProcess:
+        # A Ctrl-C between start and append would leave a process that nobody stops.
+        with _caught() as caught:
+            started.append(ServiceProcess(name, module, arguments, environment, on_line))
+        if caught.is_set():
+            raise KeyboardInterrupt
+        return started[-1]
+
+    try:
+        with ExitStack() as until_served:
+            listen = config.encoder_listen
+            if listen.endswith(":0") and sys.platform == "linux":
+                # Knowing the encoder's port beforehand lets both start at once.
+                host = listen.rpartition(":")[0]
+                listen = f"{host}:{until_served.enter_context(_reserved_port(host))}"
+            encoder = start("encoder", "encoder_service", _encoder_arguments(config, listen))
+            if listen.endswith(":0"):
+                _wait_until_serving([encoder], on_serving)
+                assert encoder.address is not None
+                listen = encoder.address
+            search = start("search", "search_service", _search_arguments(config, listen))
+            _wait_until_serving([p for p in started if p.address is None], on_serving)
+        yield Services(encoder, search)
+    finally:
+        with _caught() as hurry:
+            for process in reversed(started):
+                process.terminate()
+                process.finish(hurry)
+
+
+def _encoder_arguments(config: ServicesConfig, listen: str) -> list[str]:
+    arguments = ["--listen", listen, "--device", config.device]
+    if config.checkpoint is not None:
+        arguments += ["--checkpoint", str(config.checkpoint)]
+    return arguments
+
+
+def _search_arguments(config: ServicesConfig, encoder_listen: str) -> list[str]:
+    arguments = ["--listen", config.search_listen, "--data-dir", str(config.data)]
+    arguments += ["--encoder", reachable(encoder_listen)]
+    if config.redis_url is not None:
+        arguments += ["--redis-url", config.redis_url]
+    return arguments
+
+
+def _wait_until_serving(
+    processes: Sequence[ServiceProcess], on_serving: Callable[[str], None]
+) -> None:
+    deadline = time.monotonic() + START_DEADLINE_S
+    pending = list(processes)
+    while pending:
+        for process in list(pending):
+            if process.is_serving():
+                pending.remove(process)
+                on_serving(process.name)
+        if pending and time.monotonic() > deadline:
+            names = " and ".join(process.name for process in pending)
+            raise DeadlineError(f"{names} did not serve within {START_DEADLINE_S:g} s")
+        time.sleep(POLL_S)
+
+
+@contextmanager
+def _reserved_port(host: str) -> Iterator[int]:
+    """Hold a free port that a server with SO_REUSEADDR, and nobody else, can listen on.
+
+    Linux allows that while the holder itself does not listen.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind((host.strip("[]"), 0))
+        yield holder.getsockname()[1]
+
+
+def reachable(listen: str) -> str:
+    """Return where a client on this machine finds a server that listens on `listen`."""
+    host, _, port = listen.rpartition(":")
+    return f"{ {'0.0.0.0': '127.0.0.1', '[::]': '[::1]'}.get(host, host) }:{port}"

@@ -1,0 +1,117 @@
+"""`hashlens up`: both services and the embedded store, in the foreground."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.text import Text
+
+from hashlens.cli.extras import require
+from hashlens.cli.processes import Services, ServicesConfig, interruptible, running
+from hashlens.cli.text import console, counted, printable
+from hashlens.client import Client, wire
+
+_STYLES = {"encoder": "cyan", "search": "magenta"}
+
+
+@click.command()
+@click.option(
+    "--data",
+    type=click.Path(file_okay=False, path_type=Path),
+    default="hashlens-data",
+    show_default=True,
+    help="Directory that keeps everything; made if it is not there.",
+)
+@click.option(
+    "--encoder-listen", default=wire.ENCODER_TARGET, show_default=True, metavar="HOST:PORT"
+)
+@click.option("--search-listen", default=wire.SEARCH_TARGET, show_default=True, metavar="HOST:PORT")
+@click.option(
+    "--checkpoint",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The encoder's model; without it the bundled one.",
+)
+@click.option(
+    "--redis-url", metavar="URL", help="A store of your own; without it an embedded one in --data."
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+def up(
+    data: Path,
+    encoder_listen: str,
+    search_listen: str,
+    checkpoint: Path | None,
+    redis_url: str | None,
+    device: str,
+) -> None:
+    """Run both services and the embedded store until Ctrl-C; nothing is lost.
+
+    Their logs go to standard error. A second Ctrl-C does not wait for calls in flight.
+    """
+    require("encoder", "search", purpose="hashlens up")
+    data.mkdir(parents=True, exist_ok=True)
+    config = ServicesConfig(
+        data=data.resolve(),
+        encoder_listen=encoder_listen,
+        search_listen=search_listen,
+        checkpoint=None if checkpoint is None else checkpoint.resolve(),
+        redis_url=redis_url,
+        device=device,
+    )
+    log = console(stderr=True)
+    click.echo("starting both services, which takes some seconds", err=True)
+    with interruptible():
+        try:
+            with running(
+                config, on_line=lambda name, line: _print_log(log, name, line)
+            ) as services:
+                try:
+                    _greet(services, config)
+                    services.watch()
+                except KeyboardInterrupt:
+                    click.echo("stopping (once more to hurry)", err=True)
+        except KeyboardInterrupt:
+            # While starting, or in a hurry: everything is stopped all the same.
+            pass
+    click.echo("stopped", err=True)
+
+
+def _print_log(log: Console, name: str, line: str) -> None:
+    prefix = Text(f"{name:<7} | ", _STYLES[name])
+    log.print(prefix.append(printable(line.expandtabs()), "default"), soft_wrap=True)
+
+
+def _greet(services: Services, config: ServicesConfig) -> None:
+    """Say what runs, and what to do next."""
+    with Client(services.search, services.encoder) as client:
+        model = client.model()
+        found = client.collections()
+    items = sum(info.n_items for info in found)
+    click.echo(
+        f"""
+Hashlens is up.
+  encoder  {services.encoder}   {model.backbone}, {model.n_bits} bits, {model.device}
+  search   {services.search}   {counted(len(found), "collection")}, {counted(items, "item")}
+  data     {printable(str(config.data))}
+
+Next, in another terminal:
+  hashlens index ~/Pictures{_flags(services)}
+  hashlens search cat.jpg -k 20{_flags(services)}
+
+Ctrl-C stops both. Nothing is lost.
+"""
+    )
+
+
+def _flags(services: Services) -> str:
+    """Return what a command needs to find services that are not where it looks."""
+    flags = ""
+    for option, target, usual in (
+        ("--encoder", services.encoder, wire.ENCODER_TARGET),
+        ("--search", services.search, wire.SEARCH_TARGET),
+    ):
+        if target != usual:
+            flags += f" {option} {shlex.quote(target)}"
+    return flags

@@ -1,0 +1,50 @@
+"""A flag that long work polls. The work knows the flag, not who raises it or why."""
+
+from __future__ import annotations
+
+import time
+
+from hashlens.errors import CancelledError, DeadlineError
+
+
+class Cancel:
+    """Tells work to stop, because its caller left or its time is over.
+
+    Parameters
+    ----------
+    deadline_s
+        Time allowed from now, in seconds; None for no limit.
+    """
+
+    def __init__(self, deadline_s: float | None = None) -> None:
+        self._ends_s = None if deadline_s is None else time.monotonic() + deadline_s
+        self._is_set = False
+
+    def set(self) -> None:
+        """Raise the flag, from any thread; there is no way back."""
+        self._is_set = True
+
+    @property
+    def is_set(self) -> bool:
+        """Whether the caller left."""
+        return self._is_set
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the time is over."""
+        return self._ends_s is not None and time.monotonic() >= self._ends_s
+
+    def check(self) -> None:
+        """Do nothing, or raise what stops the work.
+
+        Raises
+        ------
+        CancelledError
+            The flag is up.
+        DeadlineError
+            The time is over.
+        """
+        if self._is_set:
+            raise CancelledError("The caller left; the work was stopped.")
+        if self.is_late:
+            raise DeadlineError("The deadline passed during the work. Allow more time or ask less.")

@@ -1,0 +1,1 @@
+"""The inner loops: pure functions, arrays in, results written into given arrays."""

@@ -1,0 +1,258 @@
+"""What a search reads: one immutable version of a collection's arrays.
+
+The store publishes a `Snapshot`, the engine searches it, and neither knows the other. A `row` is a
+position in the arrays, in the order of the writes; an `id` is the user's key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hashlens import codes
+from hashlens.types import FeatureDtype
+
+
+class IdLookup(Protocol):
+    """Rows to ids and back, and to payloads, as of one snapshot."""
+
+    def ids_of(self, rows: NDArray[np.int64]) -> list[str]:
+        """Return the ids of rows, in the order of `rows`; int64, shape ``[n]``."""
+        ...
+
+    def row_of(self, item_id: str) -> int | None:
+        """Return the alive row of an id, or None."""
+        ...
+
+    def payloads_of(self, rows: NDArray[np.int64]) -> list[bytes]:
+        """Return copies of the payloads of rows, in the order of `rows`; int64, shape ``[n]``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
+    """One version of a collection, read-only.
+
+    Nothing that an array shows may change while the snapshot is in use: the kernels read without
+    locks, and a torn read would be a wrong answer. The arrays are views and usually memory-mapped;
+    the snapshot keeps them, and with them their mappings, alive. Shapes and dtypes are checked
+    here because the kernels address the features without bounds.
+
+    Raises
+    ------
+    ValueError
+        An array does not have the shape, dtype or layout that its field states.
+    """
+
+    n_bits: int
+    """Code length, 1 to 512 bits."""
+    dim: int
+    """Width of the feature; 0 for a collection of codes only."""
+    feature_dtype: FeatureDtype
+    """How features are stored; without meaning where `dim` is 0."""
+    version: int
+    """The store's sequence number."""
+    rows: int
+    """How many rows there are, dead ones too."""
+    n_alive: int
+    """How many rows are not dead."""
+    words: tuple[NDArray[np.uint64], ...]
+    """The codes, one array per 64-bit word: uint64, shape ``[rows]``, contiguous."""
+    ids: IdLookup
+    """Ids and payloads of the rows. Use the snapshot's own `ids_of`, `row_of`, `payloads_of`."""
+    features: tuple[NDArray[Any], ...] = ()
+    """Segments of features: float32 or float16 as `feature_dtype` says, C-contiguous, shape
+    ``[rows_per_segment, dim]``; the last may have fewer rows (or more than it needs). Row ``r`` is
+    ``features[r // rows_per_segment][r % rows_per_segment]``."""
+    rows_per_segment: int = 1 << 16
+    """A power of two."""
+    dead: NDArray[np.uint8] | None = None
+    """1 where a row was deleted or replaced, else 0; shape ``[rows]``. None: no row is dead."""
+    has_feature: NDArray[np.uint8] | None = None
+    """0 where a row's feature is missing, else 1; shape ``[rows]``. None: none is missing. Whatever
+    its segment holds at such a row is never read."""
+    model_id: str = ""
+    """Which model made the embeddings; when it is set, a query of any other is refused."""
+
+    def __post_init__(self) -> None:
+        rows = self.rows
+        _require(1 <= self.n_bits <= codes.MAX_BITS, "n_bits is 1 to 512")
+        _require(0 <= self.n_alive <= rows, "n_alive is 0 to rows")
+        _require(len(self.words) == codes.n_words(self.n_bits), "one array per 64-bit word")
+        for words in self.words:
+            _require_vector(words, np.dtype(np.uint64), rows, "words")
+        for name, flags in (("dead", self.dead), ("has_feature", self.has_feature)):
+            if flags is not None:
+                _require_vector(flags, np.dtype(np.uint8), rows, name)
+        _require(self.dead is not None or self.n_alive == rows, "dead rows need `dead`")
+        if self.dim == 0:
+            return
+        per_segment = self.rows_per_segment
+        _require(per_segment > 0 and per_segment & (per_segment - 1) == 0, "a power of two of rows")
+        _require(len(self.features) >= -(-rows // per_segment), "features cover all rows")
+        for i, segment in enumerate(self.features):
+            needed = min(max(rows - i * per_segment, 0), per_segment)
+            _require(
+                segment.ndim == 2 and segment.shape[0] >= needed and segment.shape[1] == self.dim,
+                f"feature segment {i} has shape [{needed}, {self.dim}]",
+            )
+            _require(
+                segment.dtype == self.feature_dtype.numpy and segment.flags.c_contiguous,
+                f"feature segment {i} is C-contiguous {self.feature_dtype.value}",
+            )
+
+    @classmethod
+    def from_arrays(
+        cls,
+        packed: NDArray[np.uint8],
+        *,
+        n_bits: int,
+        features: NDArray[Any] | None = None,
+        ids: Sequence[str] | None = None,
+        dead: NDArray[Any] | None = None,
+        has_feature: NDArray[Any] | None = None,
+        version: int = 0,
+        model_id: str = "",
+        rows_per_segment: int = 1 << 16,
+    ) -> Snapshot:
+        """Build a snapshot from arrays in memory, in a notebook or a test.
+
+        Parameters
+        ----------
+        packed
+            Codes: uint8, shape ``[n, n_bytes(n_bits)]``, see `hashlens.codes`. Copied.
+        n_bits
+            Code length, in bits.
+        features
+            float32 or float16, shape ``[n, dim]``. Not copied if C-contiguous; leave it unchanged.
+        ids
+            One per row; of the alive rows no two the same. Default: the row numbers as text.
+        dead, has_feature
+            Bool or 0/1, shape ``[n]``; see the fields of that name. Copied.
+        version, model_id, rows_per_segment
+            See the fields.
+
+        Returns
+        -------
+        Snapshot
+
+        Raises
+        ------
+        ValueError
+            The shapes or dtypes do not fit together, padding bits are set, or two alive rows have
+            the same id.
+        """
+        n = packed.shape[0]
+        _require(
+            packed.dtype == np.uint8 and packed.shape == (n, codes.n_bytes(n_bits)),
+            f"packed codes are uint8 [n, {codes.n_bytes(n_bits)}]",
+        )
+        used_bits = n_bits % 8
+        _require(used_bits == 0 or not (packed[:, -1] >> used_bits).any(), "padding bits are zero")
+        _require(ids is None or len(ids) == n, "one id per row")
+        _require(dead is None or np.shape(dead) == (n,), "dead flags are [n]")
+        dtype = FeatureDtype.F32
+        segments: tuple[NDArray[Any], ...] = ()
+        if features is not None:
+            _require(features.ndim == 2 and len(features) == n, "features are [n, dim]")
+            dtype = FeatureDtype.of(features)
+            contiguous = np.ascontiguousarray(features)
+            segments = tuple(
+                read_only(contiguous[lo : lo + rows_per_segment])
+                for lo in range(0, n, rows_per_segment)
+            )
+        dead_flags = None if dead is None else read_only(np.array(dead, dtype=np.uint8))
+        return cls(
+            n_bits=n_bits,
+            dim=0 if features is None else int(features.shape[1]),
+            feature_dtype=dtype,
+            version=version,
+            rows=n,
+            n_alive=n if dead_flags is None else n - int(np.count_nonzero(dead_flags)),
+            words=tuple(read_only(word) for word in codes.as_words(packed)),
+            ids=_ListedIds(
+                [str(row) for row in range(n)] if ids is None else list(ids), dead_flags
+            ),
+            features=segments,
+            rows_per_segment=rows_per_segment,
+            dead=dead_flags,
+            has_feature=(
+                None if has_feature is None else read_only(np.array(has_feature, dtype=np.uint8))
+            ),
+            model_id=model_id,
+        )
+
+    def ids_of(self, rows: NDArray[np.int64]) -> list[str]:
+        """Return the ids of rows, in the order of `rows`; int64, shape ``[n]``."""
+        return self.ids.ids_of(rows)
+
+    def row_of(self, item_id: str) -> int | None:
+        """Return the alive row of an id, or None."""
+        return self.ids.row_of(item_id)
+
+    def payloads_of(self, rows: NDArray[np.int64]) -> list[bytes]:
+        """Return copies of the payloads of rows, in the order of `rows`; int64, shape ``[n]``."""
+        return self.ids.payloads_of(rows)
+
+    def codes_of(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Return packed codes of rows: uint8, shape ``[n, n_bytes]``, a copy."""
+        return codes.from_words(np.stack([words[rows] for words in self.words]), self.n_bits)
+
+    def feature_of(self, row: int) -> NDArray[Any] | None:
+        """Return the feature of a row: shape ``[dim]``, a copy; None if it has none."""
+        if self.dim == 0 or (self.has_feature is not None and not self.has_feature[row]):
+            return None
+        segment, position = divmod(row, self.rows_per_segment)
+        return np.array(self.features[segment][position])
+
+
+@dataclass(frozen=True, slots=True)
+class _ListedIds:
+    """Ids held in a list."""
+
+    listed: list[str]
+    dead: NDArray[np.uint8] | None
+    rows: dict[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        alive = [
+            (item_id, row)
+            for row, item_id in enumerate(self.listed)
+            if self.dead is None or not self.dead[row]
+        ]
+        rows = dict(alive)
+        _require(len(rows) == len(alive), "no two alive rows have the same id")
+        object.__setattr__(self, "rows", rows)
+
+    def ids_of(self, rows: NDArray[np.int64]) -> list[str]:
+        listed = self.listed
+        return [listed[row] for row in rows.tolist()]
+
+    def row_of(self, item_id: str) -> int | None:
+        return self.rows.get(item_id)
+
+    def payloads_of(self, rows: NDArray[np.int64]) -> list[bytes]:
+        return [b""] * rows.shape[0]
+
+
+def read_only(array: NDArray[Any]) -> NDArray[Any]:
+    """Return a view of an array that cannot be written through."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def _require(condition: bool, expectation: str) -> None:
+    if not condition:
+        raise ValueError(f"not a snapshot: expected {expectation}")
+
+
+def _require_vector(array: NDArray[Any], dtype: np.dtype[Any], rows: int, name: str) -> None:
+    _require(
+        array.dtype == dtype and array.shape == (rows,) and array.flags.c_contiguous,
+        f"{name} to be contiguous {dtype} [{rows}]",
+    )

@@ -1,0 +1,283 @@
+"""One collection, as the service uses it: writes go to Redis, reads to the local files."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Sequence
+
+from hashlens import codes
+from hashlens.errors import (
+    HashlensError,
+    InvalidInputError,
+    PreconditionError,
+    UnavailableError,
+)
+from hashlens.types import (
+    MAX_ID_BYTES,
+    MAX_PAYLOAD_BYTES,
+    CollectionInfo,
+    CollectionSpec,
+    DeleteResult,
+)
+from search_service.snapshot import Snapshot
+from search_service.storage import layout
+from search_service.storage.catalog import Catalog, Raw
+from search_service.storage.follower import Follower
+from search_service.storage.keys import Meta
+from search_service.storage.local import LocalCollection
+from search_service.storage.records import Record
+
+logger = logging.getLogger(__name__)
+
+_SETTLE_S = 1.0
+_TRIM_S = 2.0
+
+
+class Collection:
+    """A collection of this replica. Thread-safe. `Store` makes it.
+
+    Parameters
+    ----------
+    local
+        Its files.
+    catalog
+        Where writes go.
+    follower
+        Applies what Redis has acknowledged; `start` starts it.
+    replica_id
+        Under which the log is kept for this replica.
+    log_budget_bytes
+        How much of the log is kept for slower replicas.
+    durability
+        Returns what Redis does before it acknowledges.
+    """
+
+    def __init__(
+        self,
+        local: LocalCollection,
+        catalog: Catalog,
+        follower: Follower,
+        *,
+        replica_id: str,
+        log_budget_bytes: int,
+        durability: Callable[[], str],
+    ) -> None:
+        self._local = local
+        self._catalog = catalog
+        self._follower = follower
+        self._replica_id = replica_id
+        self._budget_entries = max(log_budget_bytes // layout.record_bytes(local.spec), 1)
+        self._durability = durability
+        self._checkpoint_trouble = ""
+        self._meta = Meta(local.spec, local.epoch, local.n_buckets, local.seq, False)
+        self._checkpointed_at = time.monotonic()
+
+    @property
+    def spec(self) -> CollectionSpec:
+        """What it is bound to."""
+        return self._local.spec
+
+    @property
+    def epoch(self) -> str:
+        """UUID of this incarnation."""
+        return self._local.epoch
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether Redis has another collection of the name, or none."""
+        return self._follower.is_foreign
+
+    def snapshot(self) -> Snapshot:
+        """Return the newest version; cheap, takes no lock, needs no Redis.
+
+        Its `ids` also has ``payloads_of(rows)``: int64, shape ``[n]``, to a list of bytes.
+        """
+        return self._local.snapshot
+
+    def wait_for(self, version: int, deadline_s: float) -> Snapshot:
+        """Return the newest snapshot as soon as it has a version.
+
+        Raises
+        ------
+        DeadlineError
+            It does not come within `deadline_s`.
+        """
+        return self._local.wait_for(version, deadline_s)
+
+    def info(self) -> CollectionInfo:
+        """Describe it as this replica sees it; needs no Redis."""
+        snapshot = self._local.snapshot
+        trouble = self._follower.trouble
+        away = isinstance(trouble, UnavailableError)
+        return CollectionInfo(
+            spec=self.spec,
+            epoch=self.epoch,
+            version=snapshot.version,
+            n_items=snapshot.n_alive,
+            n_dead_rows=snapshot.rows - snapshot.n_alive,
+            checkpoint_version=self._local.checkpoint_seq,
+            durability="unknown" if away else self._durability(),
+            writable=trouble is None,
+            detail=self._checkpoint_trouble if trouble is None else trouble.message,
+        )
+
+    def upsert(self, items: Sequence[Record], *, request_id: str, deadline_s: float) -> int:
+        """Write items, replacing those whose ids are there; return the version that has them.
+
+        Acknowledged by Redis when it returns. Items are written in their order, in chunks of a few
+        hundred; each chunk is written whole or not at all.
+
+        Parameters
+        ----------
+        items
+            At most once each; of two with one id, the later stays.
+        request_id
+            Names this write: repeated with the same items within ten minutes, it changes nothing
+            and returns the same version. Empty: this call's own retries only.
+        deadline_s
+            The longest to wait, in seconds.
+
+        Raises
+        ------
+        InvalidInputError
+            An item does not fit the collection, or the request id was used for something else.
+        PreconditionError
+            Redis and this replica do not hold the same collection.
+        UnavailableError
+            Redis is away. Repeating the call with the same request id is safe.
+        LimitError
+            Redis or the local disk is full.
+        """
+        records = [self._pack(item, f"items[{i}]") for i, item in enumerate(items)]
+        if not records:
+            return self.snapshot().version
+        give_up = time.monotonic() + deadline_s
+        self._check_writable(deadline_s)
+        written = self._catalog.put(
+            self._meta,
+            records,
+            request_id=request_id or uuid.uuid4().hex,
+            deadline_s=give_up - time.monotonic(),
+        )
+        return written.seq
+
+    def delete(self, ids: Sequence[str], *, request_id: str, deadline_s: float) -> DeleteResult:
+        """Remove items; ids that are not there are no error. Otherwise as `upsert`."""
+        packed = [_id_bytes(item_id, f"ids[{i}]") for i, item_id in enumerate(ids)]
+        if not packed:
+            return DeleteResult(version=self.snapshot().version, n_deleted=0)
+        give_up = time.monotonic() + deadline_s
+        self._check_writable(deadline_s)
+        written = self._catalog.delete(
+            self._meta,
+            [Raw(item_id, layout.pack_delete(item_id)) for item_id in packed],
+            request_id=request_id or uuid.uuid4().hex,
+            deadline_s=give_up - time.monotonic(),
+        )
+        return DeleteResult(version=written.seq, n_deleted=written.n_items)
+
+    def checkpoint(self) -> int:
+        """Make everything applied so far safe in the local files; return the version that is.
+
+        What Redis keeps of the log for this replica is trimmed, if Redis is there.
+
+        Raises
+        ------
+        OSError
+            The disk is full or broken; the checkpoint before still holds.
+        DataLossError
+            The disk has lost writes; see `LocalCollection.checkpoint`.
+        """
+        if self._follower.is_lost:
+            return self._local.checkpoint_seq
+        self._checkpointed_at = time.monotonic()
+        try:
+            seq = self._local.checkpoint()
+        except (OSError, HashlensError) as error:
+            self._checkpoint_trouble = f"No checkpoint: {error}"
+            raise
+        self._checkpoint_trouble = ""
+        try:
+            self._catalog.trim(
+                self._meta, self._replica_id, seq, self._budget_entries, deadline_s=_TRIM_S
+            )
+        except HashlensError as error:
+            logger.info("the log of %s is not trimmed: %s", self.spec.name, error)
+        return seq
+
+    def checkpoint_is_due(self, *, interval_s: float, rows: int, n_bytes: int) -> bool:
+        """Tell whether enough has been applied, or long enough ago."""
+        if self._local.seq == self._local.checkpoint_seq:
+            return False
+        pending_rows, pending_bytes = self._local.pending
+        late = time.monotonic() - self._checkpointed_at >= interval_s
+        return late or pending_rows >= rows or pending_bytes >= n_bytes
+
+    def start(self) -> None:
+        """Begin to follow the log."""
+        self._follower.start()
+
+    def stop(self) -> None:
+        """Ask the follower to end; `close` and `remove` wait for it."""
+        self._follower.stop()
+
+    def close(self) -> None:
+        """End, with a last checkpoint. Snapshots that are in use stay valid."""
+        self._follower.stop()
+        self._follower.join()
+        try:
+            self.checkpoint()
+        except (OSError, HashlensError) as error:
+            logger.warning("no last checkpoint of %s: %s", self.spec.name, error)
+        self._local.close()
+
+    def remove(self) -> None:
+        """End, and delete the local files. Snapshots that are in use stay valid."""
+        self._follower.stop()
+        self._follower.join()
+        self._local.remove()
+
+    def _check_writable(self, deadline_s: float) -> None:
+        """Refuse what could not be applied here; whether Redis is there, Redis will say."""
+        self._follower.wait_settled(min(deadline_s, _SETTLE_S))
+        trouble = self._follower.trouble
+        if self._follower.is_lost and trouble is not None:
+            raise PreconditionError(trouble.message)
+        if trouble is not None and not isinstance(trouble, UnavailableError):
+            raise type(trouble)(trouble.message)
+
+    def _pack(self, item: Record, field: str) -> Raw:
+        """Return an item's log record.
+
+        The log is applied by every replica for ever, so what does not fit must not get in.
+        """
+        item_id = _id_bytes(item.id, f"{field}.id")
+        feature_bytes = layout.feature_bytes(self.spec)
+        if len(item.code) != codes.n_bytes(self.spec.n_bits):
+            raise InvalidInputError(
+                f"A code of this collection has {codes.n_bytes(self.spec.n_bits)} bytes.",
+                field=f"{field}.embedding.code",
+            )
+        if len(item.feature) != feature_bytes:
+            raise InvalidInputError(
+                f"A feature of this collection has {feature_bytes} bytes.",
+                field=f"{field}.embedding.feature",
+            )
+        if len(item.payload) > MAX_PAYLOAD_BYTES:
+            raise InvalidInputError(
+                f"A payload has at most {MAX_PAYLOAD_BYTES} bytes.", field=f"{field}.payload"
+            )
+        return Raw(item_id, layout.pack_put(item_id, item.code, item.payload, item.feature))
+
+
+def _id_bytes(item_id: str, field: str) -> bytes:
+    """Return an id as it is stored."""
+    try:
+        encoded = item_id.encode()
+    except UnicodeEncodeError:
+        raise InvalidInputError("An id is Unicode text; this one is not.", field=field) from None
+    if not 0 < len(encoded) <= MAX_ID_BYTES:
+        raise InvalidInputError(f"An id has 1 to {MAX_ID_BYTES} bytes of UTF-8.", field=field)
+    return encoded

@@ -1,0 +1,165 @@
+"""Calls to Redis that end: every wait has a bound, every failure is one of `hashlens.errors`."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from hashlens.errors import (
+    HashlensError,
+    InternalError,
+    InvalidInputError,
+    LimitError,
+    UnavailableError,
+)
+
+T = TypeVar("T")
+
+_MAX_ATTEMPTS: Final = 8
+_FIRST_PAUSE_S: Final = 0.05
+_MAX_PAUSE_S: Final = 1.0
+_SHORTEST_TIMEOUT_S: Final = 0.05
+_MAX_CONNECTIONS: Final = 256
+_READ_BYTES: Final = 1 << 16
+
+_TRANSIENT: Final = ("BUSY", "TRYAGAIN", "LOADING")
+_AWAY: Final = ("READONLY", "MASTERDOWN", "CLUSTERDOWN", "NOREPLICAS", "MOVED", "ASK", "NOPERM")
+
+
+def connect(url: str, timeout_s: float) -> redis.Redis:
+    """Return a client whose every wait is at most `timeout_s`; it connects when first used.
+
+    Retries are off: the same command must not run twice behind the caller's back.
+
+    Raises
+    ------
+    InvalidInputError
+        The URL is not one of Redis.
+    """
+    settings: dict[str, Any] = {
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        "retry": Retry(NoBackoff(), 0),
+        "protocol": 2,
+        "decode_responses": False,
+        "socket_read_size": _READ_BYTES,
+    }
+    try:
+        pool = redis.ConnectionPool.from_url(url, max_connections=_MAX_CONNECTIONS, **settings)
+    except ValueError as error:
+        raise InvalidInputError(f"{url!r} is no Redis URL: {error}", field="redis_url") from None
+    # What the URL's own query string says must not undo them.
+    pool.connection_kwargs.update(settings)
+    client = redis.Redis.from_pool(pool)
+    client.set_response_callback("XREAD", lambda response, **_: response)
+    return client
+
+
+def run_script(
+    client: redis.Redis, source: str, keys: Sequence[str], arguments: Sequence[Any]
+) -> Any:
+    """Run a script by its hash, loading it where the server does not have it."""
+    return client.register_script(source)(keys=keys, args=arguments)
+
+
+class Caller:
+    """Runs actions against Redis within a deadline, trying again while it makes sense.
+
+    An action may be run several times, so it must be idempotent.
+
+    Parameters
+    ----------
+    url
+        Where Redis is.
+    attempt_timeout_s
+        The longest wait for one reply.
+    """
+
+    def __init__(self, url: str, attempt_timeout_s: float) -> None:
+        # A socket's time-out belongs to its connection, so there is a client for each of a few
+        # time-outs; a call takes the longest that still leaves time for a second wait.
+        self._clients: dict[float, redis.Redis] = {}
+        timeout_s = attempt_timeout_s
+        while timeout_s > _SHORTEST_TIMEOUT_S:
+            self._clients[timeout_s] = connect(url, timeout_s)
+            timeout_s /= 2
+        self._clients[_SHORTEST_TIMEOUT_S] = connect(url, _SHORTEST_TIMEOUT_S)
+
+    def run(self, action: Callable[[redis.Redis], T], deadline_s: float) -> T:
+        """Return what `action` returns.
+
+        Raises
+        ------
+        UnavailableError
+            Redis is away or refuses for now. Whether the last attempt did something is unknown.
+        LimitError
+            Redis is out of memory or disk.
+        InternalError
+            Redis answered what it never should.
+        """
+        give_up = time.monotonic() + deadline_s
+        pause_s = _FIRST_PAUSE_S
+        for attempt in range(1, _MAX_ATTEMPTS + 1):
+            try:
+                return action(self._client(give_up - time.monotonic()))
+            except redis.RedisError as error:
+                wait_s = pause_s * random.uniform(0.5, 1.0)
+                over = time.monotonic() + wait_s + _SHORTEST_TIMEOUT_S >= give_up
+                if over or attempt == _MAX_ATTEMPTS or not _is_transient(error):
+                    raise translate(error) from error
+            time.sleep(wait_s)
+            pause_s = min(2 * pause_s, _MAX_PAUSE_S)
+        raise AssertionError("the last attempt returns or raises")
+
+    def close(self) -> None:
+        """Close all connections."""
+        for client in self._clients.values():
+            client.close()
+
+    def _client(self, remaining_s: float) -> redis.Redis:
+        fitting = [timeout_s for timeout_s in self._clients if 2 * timeout_s <= remaining_s]
+        return self._clients[max(fitting, default=_SHORTEST_TIMEOUT_S)]
+
+
+def translate(error: redis.RedisError) -> HashlensError:
+    """Return our error for one of redis-py."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, redis.exceptions.OutOfMemoryError):
+        return LimitError(f"Redis is out of memory ({text}). Give it more, or drop collections.")
+    if text.startswith("MISCONF"):
+        return LimitError(f"Redis cannot write to its disk ({text}). Free space there.")
+    if isinstance(error, redis.ConnectionError | redis.TimeoutError | redis.exceptions.AskError):
+        return UnavailableError(f"Redis is away ({text}). Try again.")
+    if _is_transient(error) or _code(error) in _AWAY:
+        return UnavailableError(f"Redis refuses for now ({_code(error)} {text}).")
+    return InternalError(f"Redis answered: {text}")
+
+
+def _is_transient(error: redis.RedisError) -> bool:
+    """Tell whether the same call may succeed a moment later."""
+    if isinstance(error, redis.exceptions.AuthenticationError):
+        return False
+    if isinstance(error, redis.ConnectionError | redis.TimeoutError):
+        return True
+    return _code(error) in _TRANSIENT
+
+
+def _code(error: redis.RedisError) -> str:
+    """Return the first word of the server's reply, which redis-py strips where it knows it."""
+    known = {
+        redis.exceptions.ReadOnlyError: "READONLY",
+        redis.exceptions.MasterDownError: "MASTERDOWN",
+        redis.exceptions.ClusterDownError: "CLUSTERDOWN",
+        redis.exceptions.TryAgainError: "TRYAGAIN",
+        redis.exceptions.NoPermissionError: "NOPERM",
+    }
+    for kind, code in known.items():
+        if isinstance(error, kind):
+            return code
+    return str(error).partition(" ")[0]

@@ -1,0 +1,224 @@
+"""The thread that follows a collection's log and applies it to the local files."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import threading
+import zlib
+from collections.abc import Callable
+from typing import Final, NoReturn
+
+import redis
+
+from hashlens import codes
+from hashlens.errors import (
+    HashlensError,
+    InternalError,
+    LimitError,
+    NotFoundError,
+    PreconditionError,
+    UnavailableError,
+)
+from search_service.storage import layout
+from search_service.storage.connection import translate
+from search_service.storage.keys import foreign
+from search_service.storage.local import LocalCollection
+from search_service.storage.log import LogReader
+
+logger = logging.getLogger(__name__)
+
+BATCH_BYTES: Final = 8 << 20
+"""About how much of the log one read brings, in bytes."""
+
+BLOCK_S: Final = 0.5
+"""How long a read waits for a write; also how long it may take to notice an emptied Redis."""
+
+_MAX_COUNT = 4096
+_FIRST_PAUSE_S = 0.05
+_MAX_PAUSE_S = 2.0
+
+
+class ResyncNeededError(PreconditionError):
+    """The log and the local files have no common point from which to go on."""
+
+
+class Follower:
+    """Applies the log as it grows, reconnecting for as long as it takes.
+
+    Parameters
+    ----------
+    local
+        The files; this thread is their only writer.
+    url
+        Where Redis is.
+    replica_id
+        Under which the log is kept for this replica.
+    timeout_s
+        The longest wait for a reply of Redis.
+    on_foreign
+        Called when Redis turns out to have another collection of the name, or none.
+    """
+
+    def __init__(
+        self,
+        local: LocalCollection,
+        url: str,
+        replica_id: str,
+        *,
+        timeout_s: float,
+        on_foreign: Callable[[], None],
+    ) -> None:
+        self._local = local
+        self._url = url
+        self._replica_id = replica_id
+        self._timeout_s = timeout_s
+        self._on_foreign = on_foreign
+        self._feature_bytes = layout.feature_bytes(local.spec)
+        self._code_bytes = codes.n_bytes(local.spec.n_bits)
+        self._mean_bytes = float(layout.record_bytes(local.spec))
+        self._trouble: HashlensError | None = UnavailableError("Redis has not answered yet.")
+        self._reader: LogReader | None = None
+        self._stopping = threading.Event()
+        self._settled = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, name=f"follow-{local.spec.name}", daemon=True
+        )
+
+    @property
+    def trouble(self) -> HashlensError | None:
+        """Why the log is not being followed; None while it is."""
+        return self._trouble
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the local files cannot go on from what Redis has."""
+        return isinstance(self._trouble, ResyncNeededError)
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether Redis has another collection of the name, or none."""
+        return isinstance(self._trouble, PreconditionError | NotFoundError) and not self.is_lost
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def wait_settled(self, deadline_s: float) -> None:
+        """Wait until the first attempt has gone well or wrong."""
+        self._settled.wait(max(deadline_s, 0))
+
+    def stop(self) -> None:
+        """Ask the thread to end; `join` waits for it."""
+        self._stopping.set()
+        reader = self._reader
+        if reader is not None:
+            reader.unblock()
+
+    def join(self) -> None:
+        """Wait until the thread has ended; at most for the time-outs of Redis."""
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        pause_s = _FIRST_PAUSE_S
+        while not self._stopping.is_set():
+            try:
+                with contextlib.closing(self._connect()) as reader:
+                    self._register(reader)
+                    pause_s = _FIRST_PAUSE_S
+                    while not self._stopping.is_set():
+                        self._step(reader)
+            except Exception as error:
+                # Whatever it is, reading goes on and the thread lives to try again.
+                self._note(error)
+            self._settled.set()
+            self._stopping.wait(pause_s * random.uniform(0.5, 1.0))
+            pause_s = min(2 * pause_s, _MAX_PAUSE_S)
+
+    def _connect(self) -> LogReader:
+        self._reader = LogReader(
+            self._url, self._local.spec.name, timeout_s=self._timeout_s, block_s=BLOCK_S
+        )
+        return self._reader
+
+    def _register(self, reader: LogReader) -> None:
+        """Find the point in the log from which to go on.
+
+        Raises
+        ------
+        ResyncNeededError
+            There is none.
+        """
+        local = self._local
+        position = reader.register(
+            local.epoch, self._replica_id, checkpoint_seq=local.checkpoint_seq, seq=local.seq
+        )
+        if position.seq < local.seq:
+            self._give_up(f"Redis went back to version {position.seq}")
+        if position.here is not None and zlib.crc32(position.here) != local.log_crc32:
+            self._give_up(f"Redis has another write as version {local.seq}")
+        if position.seq > local.seq and (position.first is None or position.first > local.seq + 1):
+            self._give_up(f"the log begins at version {position.first}, which is too late")
+        if self._trouble is not None:
+            logger.info("following the log of %s from version %d", local.spec.name, local.seq)
+        self._trouble = None
+        self._settled.set()
+
+    def _step(self, reader: LogReader) -> None:
+        """Wait a little for writes, and apply them."""
+        local = self._local
+        count = min(max(int(BATCH_BYTES / self._mean_bytes), 1), _MAX_COUNT)
+        batch = reader.read(local.seq, count)
+        if batch.epoch != local.epoch:
+            raise PreconditionError(foreign(local.spec.name, batch.epoch))
+        if not batch.entries:
+            if batch.seq != local.seq:
+                self._register(reader)
+            return
+        records = [
+            layout.unpack_record(seq, raw, self._code_bytes, self._feature_bytes)
+            for seq, raw in batch.entries
+        ]
+        if [record.seq for record in records] != list(
+            range(local.seq + 1, local.seq + 1 + len(records))
+        ):
+            self._give_up(f"the log has a hole behind version {local.seq}")
+        local.apply(records)
+        self._mean_bytes = sum(len(record.raw) for record in records) / len(records)
+
+    def _give_up(self, reason: str) -> NoReturn:
+        raise ResyncNeededError(
+            f"This replica's files of {self._local.spec.name} end at version {self._local.seq}, "
+            f"but {reason}. Searching goes on in what is there. If restarting the search service "
+            "does not mend it, drop the collection and index again."
+        )
+
+    def _note(self, error: Exception) -> None:
+        """Remember why the log is not followed, and tell whom it concerns."""
+        trouble, before = _explain(error), self._trouble
+        self._trouble = trouble
+        if before is None or before.message != trouble.message:
+            expected = isinstance(error, HashlensError | redis.RedisError | OSError)
+            logger.log(
+                # It may just have been dropped; whoever is told finds out.
+                logging.INFO if self.is_foreign else logging.WARNING,
+                "not following the log of %s: %s",
+                self._local.spec.name,
+                trouble.message,
+                exc_info=None if expected else error,
+            )
+        if self.is_foreign:
+            self._on_foreign()
+
+
+def _explain(error: Exception) -> HashlensError:
+    """Return the error of ours that says the same."""
+    if isinstance(error, HashlensError):
+        return error
+    if isinstance(error, redis.RedisError):
+        return translate(error)
+    if isinstance(error, OSError):
+        return LimitError(f"The search service cannot write its files ({error}). Mend the disk.")
+    return InternalError(f"Applying the log failed: {error!r}")

@@ -1,0 +1,179 @@
+"""The bytes that are stored: rows on disk, records in the log, buckets in Redis.
+
+`docs/format.md` is the specification; this module is its only implementation. All numbers are
+little-endian.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from hashlens import codes
+from hashlens.errors import DataLossError
+from hashlens.types import CollectionSpec, FeatureDtype
+
+FORMAT_VERSION: Final = 1
+"""Of the files and the keys; a reader refuses any other."""
+
+ROW: Final = np.dtype(
+    [
+        ("seq", "<u8"),
+        ("id_end", "<u8"),
+        ("payload_end", "<u8"),
+        ("feature_crc32", "<u4"),
+        ("flags", "<u4"),
+    ]
+)
+"""One row of ``rows-<g>.rec``, 32 bytes. An id begins where the row before ends."""
+
+DEATH: Final = np.dtype([("row", "<u8"), ("seq", "<u8")])
+"""One tombstone of ``dead-<g>.u64``, 16 bytes: which row, and the write that killed it."""
+
+PUT: Final = 1
+"""The log record writes an item."""
+
+DELETE: Final = 2
+"""The log record removes an item."""
+
+_RECORD = struct.Struct("<BHII")
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+_BUCKET_ENTRIES = 128
+_MAX_BUCKETS = 1 << 24
+_MAX_SEGMENT_ROWS = 1 << 17
+
+
+class LogRecord(NamedTuple):
+    """One entry of the log."""
+
+    seq: int
+    """Its place in the order of writes, from 1 without holes."""
+    op: int
+    """`PUT` or `DELETE`."""
+    id: str
+    code: bytes
+    payload: bytes
+    feature: bytes
+    """Little-endian numbers; empty for a collection of codes only."""
+    raw: bytes
+    """As it was read."""
+
+
+def is_safe_name(name: str) -> bool:
+    """Tell whether a name may become a directory and a part of Redis keys."""
+    return _NAME.fullmatch(name) is not None
+
+
+def pack_put(item_id: bytes, code: bytes, payload: bytes, feature: bytes) -> bytes:
+    """Return the log record of a written item."""
+    header = _RECORD.pack(PUT, len(item_id), len(payload), len(feature))
+    return b"".join((header, item_id, code, payload, feature))
+
+
+def pack_delete(item_id: bytes) -> bytes:
+    """Return the log record of a removed item."""
+    return _RECORD.pack(DELETE, len(item_id), 0, 0) + item_id
+
+
+def unpack_record(seq: int, raw: bytes, code_bytes: int, feature_bytes: int) -> LogRecord:
+    """Read a log record.
+
+    Parameters
+    ----------
+    seq
+        Its sequence number, for the error message.
+    raw
+        As `pack_put` or `pack_delete` made it.
+    code_bytes, feature_bytes
+        What the collection's items have.
+
+    Raises
+    ------
+    DataLossError
+        It is not such a record, or not of such a collection.
+    """
+    try:
+        op, id_bytes, payload_bytes, found_bytes = _RECORD.unpack_from(raw)
+        id_end = _RECORD.size + id_bytes
+        code_end = id_end + (code_bytes if op == PUT else 0)
+        payload_end = code_end + payload_bytes
+        expected_bytes = feature_bytes if op == PUT else 0
+        if op not in (PUT, DELETE) or found_bytes != expected_bytes:
+            raise ValueError("unknown operation or wrong feature length")
+        if payload_end + found_bytes != len(raw):
+            raise ValueError("wrong length")
+        return LogRecord(
+            seq,
+            op,
+            raw[_RECORD.size : id_end].decode(),
+            raw[id_end:code_end],
+            raw[code_end:payload_end],
+            raw[payload_end:],
+            raw,
+        )
+    except (struct.error, ValueError) as error:
+        raise DataLossError(
+            f"Log entry {seq} is not a record of this collection ({error}). "
+            "Drop the collection and index again."
+        ) from None
+
+
+def bucket_of(item_id: bytes, n_buckets: int) -> int:
+    """Return the bucket of an id; `n_buckets` is a power of two."""
+    return zlib.crc32(item_id) & (n_buckets - 1)
+
+
+def n_buckets_for(expected_rows: int) -> int:
+    """Return the power of two of buckets that gives each 64 to 128 of the expected rows."""
+    wanted = -(-expected_rows // _BUCKET_ENTRIES)
+    return min(1 << max(wanted - 1, 0).bit_length(), _MAX_BUCKETS)
+
+
+def feature_bytes(spec: CollectionSpec) -> int:
+    """Return the length of one stored feature, in bytes; 0 for codes only."""
+    return spec.dim * spec.feature_dtype.n_bytes
+
+
+def record_bytes(spec: CollectionSpec) -> int:
+    """Return about how long a log record is, in bytes, without its payload."""
+    return _RECORD.size + 32 + codes.n_bytes(spec.n_bits) + feature_bytes(spec)
+
+
+def rows_per_segment(spec: CollectionSpec, segment_bytes: int) -> int:
+    """Return how many features share a file: a power of two, at least one."""
+    row_bytes = max(feature_bytes(spec), 1)
+    return 1 << min(max(segment_bytes // row_bytes, 1), _MAX_SEGMENT_ROWS).bit_length() - 1
+
+
+def words_file(generation: int, word: int) -> str:
+    """Return the name of the file of one 64-bit word of all codes."""
+    return f"codes-{generation}.w{word}.u64"
+
+
+def rows_file(generation: int) -> str:
+    """Return the name of the file of `ROW` records."""
+    return f"rows-{generation}.rec"
+
+
+def ids_file(generation: int) -> str:
+    """Return the name of the file of ids, UTF-8 without separators."""
+    return f"ids-{generation}.bin"
+
+
+def payloads_file(generation: int) -> str:
+    """Return the name of the file of payloads, without separators."""
+    return f"payloads-{generation}.bin"
+
+
+def deaths_file(generation: int) -> str:
+    """Return the name of the file of `DEATH` records."""
+    return f"dead-{generation}.u64"
+
+
+def features_file(generation: int, segment: int, dtype: FeatureDtype) -> str:
+    """Return the name of one segment of features."""
+    return f"features-{generation}.s{segment:05d}.{dtype.value}"

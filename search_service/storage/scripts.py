@@ -1,0 +1,165 @@
+"""The Lua scripts that run inside Redis, each one atomic step.
+
+They are plain scripts and not a function library; ``docs/adr/0001-lua-scripts-not-functions.md``
+says why. Each checks the epoch first, so a process that still believes in a dropped collection
+changes nothing in the one that has its name now. All keys are declared and share one hash tag.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+_GUARD = """#!lua
+local call = redis.call
+local meta = call('HMGET', KEYS[1], 'epoch', 'state', 'seq', 'n_items')
+if not meta[1] then return {'missing'} end
+if meta[1] ~= ARGV[1] then return {'epoch', meta[1]} end
+"""
+
+_WRITABLE = (
+    _GUARD
+    + """
+if meta[2] ~= 'active' then return {'dropping'} end
+local seen = call('HMGET', KEYS[3], 'digest', 'seq', 'count')
+if seen[1] then
+  if seen[1] ~= ARGV[2] then return {'conflict'} end
+  return {'ok', seen[2], seen[3]}
+end
+local sub, pack, unpack = string.sub, struct.pack, struct.unpack
+local seq, n_items, count = tonumber(meta[3]), tonumber(meta[4]), 0
+local body, code_bytes = ARGV[4], tonumber(ARGV[5])
+local at, size = 1, #ARGV[4]
+"""
+)
+
+_WRITTEN = """
+local last = string.format('%.0f', seq)
+call('HSET', KEYS[1], 'seq', last, 'n_items', string.format('%.0f', n_items))
+call('HSET', KEYS[3], 'digest', ARGV[2], 'seq', last, 'count', count)
+call('EXPIRE', KEYS[3], ARGV[3])
+return {'ok', last, count}
+"""
+
+CREATE: Final = """#!lua
+local call = redis.call
+if call('EXISTS', KEYS[1]) == 0 then
+  call('HSET', KEYS[1], 'seq', 0, 'n_items', 0, 'state', 'active', unpack(ARGV))
+end
+return call('HGETALL', KEYS[1])
+"""
+"""KEYS meta; ARGV field, value, ... Makes the collection unless it is there; returns the meta."""
+
+PUT: Final = (
+    _WRITABLE
+    + """
+while at <= size do
+  local bucket, op, id_bytes, payload_bytes, feature_bytes = unpack('<I4BI2I4I4', body, at)
+  local record = at + 4
+  local id_at = record + 11
+  local code_at = id_at + id_bytes
+  local payload_at = code_at + code_bytes
+  local feature_at = payload_at + payload_bytes
+  at = feature_at + feature_bytes
+  seq, count = seq + 1, count + 1
+  local id = sub(body, id_at, code_at - 1)
+  local value = pack('<I8', seq) .. sub(body, code_at, payload_at - 1)
+  call('XADD', KEYS[2], string.format('%.0f-1', seq), 'r', sub(body, record, at - 1))
+  local added = call('HSET', KEYS[4 + 2 * bucket], id, value)
+  n_items = n_items + added
+  if payload_bytes > 0 then
+    call('HSET', KEYS[5 + 2 * bucket], id, sub(body, payload_at, feature_at - 1))
+  elseif added == 0 then
+    call('HDEL', KEYS[5 + 2 * bucket], id)
+  end
+end
+"""
+    + _WRITTEN
+)
+"""Writes items. KEYS meta, log, request, then the bucket and the payload bucket of each ordinal;
+ARGV epoch, digest, seconds to live of the request, body, code length. The body is, for each item,
+the ordinal of its bucket (u32) and its log record. Returns status, seq, count."""
+
+DELETE: Final = (
+    _WRITABLE
+    + """
+while at <= size do
+  local bucket, op, id_bytes = unpack('<I4BI2', body, at)
+  local record = at + 4
+  local id_at = record + 11
+  at = id_at + id_bytes
+  local id = sub(body, id_at, at - 1)
+  if call('HDEL', KEYS[4 + 2 * bucket], id) == 1 then
+    seq, count, n_items = seq + 1, count + 1, n_items - 1
+    call('HDEL', KEYS[5 + 2 * bucket], id)
+    call('XADD', KEYS[2], string.format('%.0f-1', seq), 'r', sub(body, record, at - 1))
+  end
+end
+"""
+    + _WRITTEN
+)
+"""Removes items; as `PUT`. Ids that are not there leave no trace."""
+
+REGISTER: Final = (
+    _GUARD
+    + """
+if meta[2] ~= 'active' then return {'dropping'} end
+if tonumber(ARGV[3]) <= tonumber(meta[3]) then call('HSET', KEYS[3], ARGV[2], ARGV[3]) end
+local first = call('XRANGE', KEYS[2], '-', '+', 'COUNT', 1)
+local at = ARGV[4] .. '-1'
+local here = call('XRANGE', KEYS[2], at, at)
+return {'ok', meta[3], first[1] and first[1][1] or '', here[1] and here[1][2][2] or ''}
+"""
+)
+"""Tells Redis up to where a replica is safe: from there on the log is kept. KEYS meta, log,
+replicas; ARGV epoch, replica id, checkpointed seq, applied seq. Returns status, seq, first entry of
+the log, the log record at the applied seq."""
+
+TRIM: Final = (
+    _GUARD
+    + """
+if meta[2] ~= 'active' then return {'dropping'} end
+local own = tonumber(ARGV[3])
+if own > tonumber(meta[3]) then return {'behind'} end
+call('HSET', KEYS[3], ARGV[2], ARGV[3])
+local floor = own
+for _, seq in ipairs(call('HVALS', KEYS[3])) do
+  floor = math.min(floor, tonumber(seq))
+end
+floor = math.max(floor, own - tonumber(ARGV[4]))
+call('XTRIM', KEYS[2], 'MINID', '=', string.format('%.0f-1', floor))
+return {'ok', string.format('%.0f', floor)}
+"""
+)
+"""Moves a replica's checkpoint and trims the log to the slowest, within a budget. The entry at the
+checkpoint itself stays: by it a replica knows the log for its own. KEYS meta, log, replicas; ARGV
+epoch, replica id, checkpointed seq, most entries to keep for slower replicas. Returns status, seq;
+a Redis that has lost what the replica holds keeps its log."""
+
+DROP_BEGIN: Final = (
+    _GUARD
+    + """
+call('HSET', KEYS[1], 'state', 'dropping')
+return {'ok'}
+"""
+)
+"""KEYS meta; ARGV epoch. From here on nothing can be written."""
+
+DROP_KEYS: Final = (
+    _GUARD
+    + """
+if meta[2] ~= 'dropping' then return {'active'} end
+call('UNLINK', unpack(KEYS, 2))
+return {'ok'}
+"""
+)
+"""Removes keys of a collection that is being dropped. KEYS meta, the keys; ARGV epoch."""
+
+DROP_END: Final = (
+    _GUARD
+    + """
+if meta[2] ~= 'dropping' then return {'active'} end
+call('UNLINK', KEYS[1], KEYS[2], KEYS[3])
+return {'ok'}
+"""
+)
+"""Removes what is left of it. KEYS meta, log, replicas; ARGV epoch."""

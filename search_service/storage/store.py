@@ -1,0 +1,410 @@
+"""All collections of one search replica: its data directory, its Redis, its threads."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from hashlens.errors import (
+    AlreadyExistsError,
+    DataLossError,
+    DeadlineError,
+    HashlensError,
+    InvalidInputError,
+    NotFoundError,
+    PreconditionError,
+    UnavailableError,
+)
+from hashlens.types import CollectionInfo, CollectionSpec
+from search_service.storage import layout
+from search_service.storage.catalog import Catalog
+from search_service.storage.collection import Collection
+from search_service.storage.embedded import EmbeddedRedis
+from search_service.storage.follower import Follower
+from search_service.storage.keys import Meta, foreign
+from search_service.storage.local import LocalCollection, clean, quarantine
+from search_service.storage.manifest import replace_file
+
+logger = logging.getLogger(__name__)
+
+_CHECKPOINT_POLL_S = 0.5
+_LOOKUP_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """What a `Store` needs to know."""
+
+    data_dir: Path
+    """Where this replica's files are; made if it is not there. One process at a time."""
+    redis_url: str | None = None
+    """``redis://``, ``rediss://`` or ``unix://``; Redis 7.0 or newer, or Valkey. None: a server of
+    the store's own, whose data are in `data_dir`, too."""
+    checkpoint_interval_s: float = 30.0
+    """A write is safe in the local files after at most about this long, in seconds."""
+    checkpoint_rows: int = 500_000
+    """A checkpoint comes earlier after so many writes."""
+    checkpoint_bytes: int = 256 << 20
+    """A checkpoint comes earlier after so many bytes of the log: Redis holds them in memory."""
+    log_budget_bytes: int = 1 << 30
+    """How much of the log Redis keeps for slower replicas, in bytes. One that is further behind
+    loses its place."""
+    segment_bytes: int = 256 << 20
+    """About how long a file of features gets, in bytes."""
+    redis_timeout_s: float = 5.0
+    """The longest wait for one reply of Redis, in seconds."""
+    discovery_interval_s: float = 2.0
+    """How often to look for collections that other processes made or dropped, in seconds."""
+
+
+class Store:
+    """The collections of one replica. Thread-safe. Use `Store.open`, and `close` it.
+
+    Searching needs the local files only. While Redis is away, writes raise `UnavailableError`; the
+    store comes back by itself.
+    """
+
+    def __init__(self, config: StoreConfig, redis_url: str) -> None:
+        self._config = config
+        self._redis_url = redis_url
+        self._resources = contextlib.ExitStack()
+        self._directory = config.data_dir / "collections"
+        self._replica_id = _replica_id(config.data_dir / "replica_id")
+        self._catalog = Catalog(redis_url, config.redis_timeout_s)
+        self._collections: dict[str, Collection] = {}
+        self._admin = threading.Lock()
+        self._durability = "unknown"
+        self._has_synchronized = False
+        self._foreign_epochs: set[str] = set()
+        self._closing = threading.Event()
+        self._look = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._discover, name="discover", daemon=True),
+            threading.Thread(target=self._checkpoint, name="checkpoint", daemon=True),
+        ]
+
+    @classmethod
+    def open(cls, config: StoreConfig) -> Self:
+        """Open a data directory and serve what is in it, whether Redis is there or not.
+
+        A collection whose files are damaged is put aside under ``quarantine/`` and rebuilt from
+        the log as far as that reaches back.
+
+        Raises
+        ------
+        PreconditionError
+            Another process uses the directory, or another version of Hashlens wrote it.
+        InvalidInputError
+            The URL is not one of Redis.
+        OSError
+            The directory cannot be read or written.
+        """
+        config.data_dir.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as resources:
+            resources.callback(os.close, _lock(config.data_dir / "LOCK"))
+            url = config.redis_url
+            if url is None:
+                url = resources.enter_context(EmbeddedRedis(config.data_dir / "redis")).url
+            store = cls(config, url)
+            resources.callback(store._end)
+            store._load()
+            for thread in store._threads:
+                thread.start()
+            store._resources = resources.pop_all()
+            return store
+
+    def create(self, spec: CollectionSpec, *, deadline_s: float = 10.0) -> Collection:
+        """Make a collection; return the one that is there if it has the same specification.
+
+        Raises
+        ------
+        InvalidInputError
+            The name cannot be one.
+        AlreadyExistsError
+            It is there with another specification.
+        PreconditionError
+            This replica has a collection of the name that Redis does not know.
+        UnavailableError
+            Redis is away.
+        OSError
+            The local disk is full or broken.
+        """
+        if not layout.is_safe_name(spec.name):
+            raise InvalidInputError(
+                "A name has 1 to 64 of a-z, 0-9, _ and -, the first a letter or digit.",
+                field="spec.name",
+            )
+        give_up = time.monotonic() + deadline_s
+        with self._administering(deadline_s):
+            self._settle(spec.name, give_up)
+            meta = self._catalog.create(spec, give_up - time.monotonic())
+            if meta.spec != spec:
+                raise AlreadyExistsError(
+                    f"The collection {spec.name} exists with another specification: {meta.spec}."
+                )
+            return self._adopt(meta)
+
+    def find(self, name: str) -> Collection | None:
+        """Return a collection if it is on this replica; never waits."""
+        return self._collections.get(name)
+
+    def get(self, name: str, *, deadline_s: float = _LOOKUP_S) -> Collection:
+        """Return a collection; one that another process made is found, too.
+
+        Raises
+        ------
+        NotFoundError
+            There is none.
+        UnavailableError
+            It is not on this replica, and Redis is away.
+        """
+        found = self.find(name)
+        if found is not None:
+            return found
+        give_up = time.monotonic() + deadline_s
+        meta = self._catalog.meta(name, deadline_s) if layout.is_safe_name(name) else None
+        if meta is None or meta.is_dropping:
+            raise NotFoundError(f"There is no collection {name}.")
+        with self._administering(give_up - time.monotonic()):
+            return self._adopt(meta)
+
+    def list(self, *, deadline_s: float = _LOOKUP_S) -> list[CollectionInfo]:
+        """Describe all collections, by name; while Redis is away, those on this replica."""
+        try:
+            self._synchronize(deadline_s)
+        except HashlensError as error:
+            logger.info("listing what is on this replica only: %s", error)
+        return [found.info() for _, found in sorted(self._collections.items())]
+
+    def drop(self, name: str, *, deadline_s: float = 60.0) -> None:
+        """Remove a collection from Redis and from this replica; others follow by themselves.
+
+        Raises
+        ------
+        NotFoundError
+            There is none.
+        UnavailableError
+            Redis is away. What has begun is completed by the next attempt.
+        """
+        give_up = time.monotonic() + deadline_s
+        with self._administering(deadline_s):
+            local = self._collections.get(name)
+            known = layout.is_safe_name(name)
+            epoch = self._catalog.drop(name, give_up - time.monotonic()) if known else None
+            if local is not None:
+                if epoch != local.epoch:
+                    self._catalog.record_drop(name, local.epoch, give_up - time.monotonic())
+                self._remove(local)
+            elif epoch is None:
+                raise NotFoundError(f"There is no collection {name}.")
+
+    def close(self) -> None:
+        """End all threads, with a last checkpoint each. Snapshots that are in use stay valid."""
+        self._resources.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _end(self) -> None:
+        """End all threads; the files stay as the last checkpoints have them."""
+        self._closing.set()
+        self._look.set()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+        with self._admin:
+            for collection in self._collections.values():
+                collection.stop()
+            for collection in self._collections.values():
+                collection.close()
+            self._collections = {}
+        self._catalog.close()
+
+    def _load(self) -> None:
+        """Open all collections in the directory."""
+        self._directory.mkdir(exist_ok=True)
+        clean(self._directory)
+        for directory in sorted(self._directory.iterdir()):
+            try:
+                local = LocalCollection.load(directory)
+            except DataLossError as error:
+                aside = quarantine(directory, self._config.data_dir / "quarantine")
+                logger.error("%s; the files are in %s now", error.message, aside)
+                continue
+            self._serve(local)
+
+    def _serve(self, local: LocalCollection) -> Collection:
+        """Begin to follow the log of a collection whose files are open."""
+        follower = Follower(
+            local,
+            self._redis_url,
+            self._replica_id,
+            timeout_s=self._config.redis_timeout_s,
+            on_foreign=self._look.set,
+        )
+        collection = Collection(
+            local,
+            self._catalog,
+            follower,
+            replica_id=self._replica_id,
+            log_budget_bytes=self._config.log_budget_bytes,
+            durability=lambda: self._durability,
+        )
+        self._collections[local.spec.name] = collection
+        collection.start()
+        return collection
+
+    def _adopt(self, meta: Meta) -> Collection:
+        """Return the collection that Redis describes, making its files if need be."""
+        name = meta.spec.name
+        found = self._collections.get(name)
+        if found is not None:
+            return found
+        local = LocalCollection.create(
+            self._directory / name,
+            meta.spec,
+            epoch=meta.epoch,
+            n_buckets=meta.n_buckets,
+            segment_bytes=self._config.segment_bytes,
+        )
+        return self._serve(local)
+
+    def _remove(self, collection: Collection) -> None:
+        """Stop serving a collection that was dropped, and delete its files."""
+        logger.info("removing the files of %s, which was dropped", collection.spec.name)
+        self._collections.pop(collection.spec.name)
+        collection.remove()
+
+    def _settle(self, name: str, give_up: float) -> None:
+        """Make sure that what this replica has of a name does not stand in the way of a new one.
+
+        Raises
+        ------
+        PreconditionError
+            It does, and only a person can tell which of the two is right.
+        """
+        local = self._collections.get(name)
+        if local is None:
+            return
+        meta = self._catalog.meta(name, give_up - time.monotonic())
+        if meta is not None and meta.is_dropping:
+            self._catalog.finish_drop(meta, give_up - time.monotonic())
+        elif meta is not None and meta.epoch == local.epoch:
+            return
+        if local.epoch not in self._catalog.dropped([local.epoch], give_up - time.monotonic()):
+            raise PreconditionError(foreign(name, None if meta is None else meta.epoch))
+        self._remove(local)
+
+    def _synchronize(self, deadline_s: float) -> None:
+        """Open collections that others made, remove those that others dropped."""
+        give_up = time.monotonic() + deadline_s
+        durability = self._catalog.durability(deadline_s)
+        if durability != self._durability:
+            level = logging.INFO if durability in ("always", "unknown") else logging.WARNING
+            logger.log(level, "Redis acknowledges writes with appendfsync %s", durability)
+            self._durability = durability
+        names = self._catalog.names(give_up - time.monotonic())
+        if not self._has_synchronized:
+            self._finish_drops(names, give_up)
+            self._has_synchronized = True
+        here = list(self._collections.values())
+        epochs = [collection.epoch for collection in here]
+        dropped = self._catalog.dropped(epochs, give_up - time.monotonic())
+        for collection in here:
+            if collection.epoch in dropped:
+                with self._administering(give_up - time.monotonic()):
+                    if self._collections.get(collection.spec.name) is collection:
+                        self._remove(collection)
+            elif collection.is_foreign and collection.epoch not in self._foreign_epochs:
+                self._foreign_epochs.add(collection.epoch)
+                logger.warning("%s", collection.info().detail)
+        for name in sorted(names - set(self._collections)):
+            meta = self._catalog.meta(name, give_up - time.monotonic())
+            if meta is not None and not meta.is_dropping:
+                with self._administering(give_up - time.monotonic()):
+                    self._adopt(meta)
+    def _finish_drops(self, names: set[str], give_up: float) -> None:
+        """Complete what a killed process began; to help one that was not does no harm."""
+        for name in sorted(names):
+            meta = self._catalog.meta(name, give_up - time.monotonic())
+            if meta is not None and meta.is_dropping:
+                self._catalog.finish_drop(meta, give_up - time.monotonic())
+
+    def _discover(self) -> None:
+        """Thread: keep up with what other processes do."""
+        trouble = ""
+        while not self._closing.is_set():
+            try:
+                self._synchronize(self._config.redis_timeout_s)
+                trouble = ""
+            except (HashlensError, OSError) as error:
+                if str(error) != trouble:
+                    logger.warning("cannot look for collections: %s", error)
+                trouble = str(error)
+            self._look.wait(self._config.discovery_interval_s)
+            self._look.clear()
+
+    def _checkpoint(self) -> None:
+        """Thread: make checkpoints as they fall due."""
+        config = self._config
+        while not self._closing.wait(_CHECKPOINT_POLL_S):
+            for collection in list(self._collections.values()):
+                if collection.checkpoint_is_due(
+                    interval_s=config.checkpoint_interval_s,
+                    rows=config.checkpoint_rows,
+                    n_bytes=config.checkpoint_bytes,
+                ):
+                    try:
+                        collection.checkpoint()
+                    except (HashlensError, OSError) as error:
+                        logger.error("no checkpoint of %s: %s", collection.spec.name, error)
+
+    @contextlib.contextmanager
+    def _administering(self, deadline_s: float) -> Iterator[None]:
+        """Hold the lock under which collections come and go."""
+        if self._closing.is_set() or not self._admin.acquire(timeout=max(deadline_s, 0)):
+            raise DeadlineError("Another collection is being made or dropped. Try again.")
+        try:
+            if self._closing.is_set():
+                raise UnavailableError("The store is closing.")
+            yield
+        finally:
+            self._admin.release()
+
+
+def _lock(path: Path) -> int:
+    """Take the data directory for this process; return the descriptor that holds it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+        os.close(descriptor)
+        raise PreconditionError(
+            f"{path.parent} is in use by another process ({owner}). Stop it, or choose another "
+            "data directory."
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return descriptor
+
+
+def _replica_id(path: Path) -> str:
+    """Return this data directory's own id, making one where there is none."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return str(uuid.UUID(path.read_text("utf-8").strip()))
+    replica_id = str(uuid.uuid4())
+    replace_file(path, f"{replica_id}\n".encode())
+    return replica_id

@@ -1,0 +1,210 @@
+"""`hashlens index`, `search` and the small commands against real services."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from hashlens import Client
+from hashlens.cli.main import main
+from tests.integration.conftest import SearchProcess
+from tests.support.services import ServiceProcess
+
+Hashlens = Callable[..., Result]
+
+
+@pytest.fixture
+def hashlens(encoder: ServiceProcess, search: SearchProcess) -> Hashlens:
+    """Run a command against the services."""
+
+    def run(*arguments: str | Path, status: int = 0) -> Result:
+        flags = ["--encoder", encoder.target, "--search", search.target]
+        result = CliRunner().invoke(main, [*map(str, arguments), *flags])
+        assert result.exit_code == status, result.output
+        return result
+
+    return run
+
+
+@pytest.fixture
+def collection(request: pytest.FixtureRequest) -> str:
+    """A collection of the test's own."""
+    return str(request.node.name).replace("_", "-")[:64]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, images: list[bytes]) -> Path:
+    """A folder with 30 good images among much else."""
+    folder = tmp_path / "pictures"
+    for n, data in enumerate(images[:30]):
+        path = folder / f"album {n % 3}" / f"{n:03}.{'jpg' if n % 2 else 'png'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return folder
+
+
+def summary_of(result: Result) -> Any:
+    return json.loads(result.stdout)
+
+
+def test_a_folder_with_much_that_is_odd(
+    hashlens: Hashlens, collection: str, pictures: Path, images: list[bytes]
+) -> None:
+    bad = {
+        "cut.jpg": images[1][:300],
+        "text.png": b"I am no picture",
+        "empty.gif": b"",
+    }
+    for name, data in bad.items():
+        (pictures / name).write_bytes(data)
+    (pictures / "huge.jpg").touch()
+    os.truncate(pictures / "huge.jpg", 2**40)
+    os.mkfifo(pictures / "pipe.jpg")
+    (pictures / "loop").symlink_to(pictures)
+    (pictures / "broken.jpg").symlink_to("nowhere")
+    (pictures / "notes.txt").write_text("hello")
+    (pictures / "no extension").write_bytes(images[40])
+    (pictures / "東京 [red] 'x'.png").write_bytes(images[41])
+    not_utf8 = os.fsdecode(os.fsencode(pictures) + b"/caf\xe9.jpg")
+    Path(not_utf8).write_bytes(images[42])
+
+    result = hashlens("index", pictures, "-c", collection, "--json")
+    summary = summary_of(result)
+    assert (summary["indexed"], summary["items"]) == (32, 32)
+    failed = {os.path.basename(f["path"]): f["reason"] for f in summary["failed"]}  # noqa: PTH119
+    assert set(failed) == {
+        *bad, "huge.jpg", "pipe.jpg", "loop", "broken.jpg", "caf\udce9.jpg",
+    }  # fmt: skip
+    assert all(failed.values())
+
+    shown = hashlens("index", pictures, "-c", collection)
+    assert "32 unchanged" in shown.stdout
+    assert f"{len(failed)} not readable" in shown.stdout
+    for name in ("cut.jpg", "huge.jpg", "caf\\udce9.jpg"):
+        assert f"  {name}: " in shown.stdout
+
+
+def test_only_what_is_new_or_changed_is_encoded_again(
+    hashlens: Hashlens, collection: str, pictures: Path, images: list[bytes]
+) -> None:
+    index = ("index", pictures, "-c", collection, "--json")
+    assert summary_of(hashlens(*index))["indexed"] == 30
+    (pictures / "new.png").write_bytes(images[50])
+    changed = pictures / "album 0" / "000.png"
+    changed.write_bytes(images[52])
+    os.utime(pictures / "album 1" / "001.jpg", ns=(1, 1))
+    gone = pictures / "album 2" / "002.png"
+    gone.unlink()
+
+    summary = summary_of(hashlens(*index))
+    assert (summary["indexed"], summary["unchanged"], summary["items"]) == (3, 27, 31)
+    found = summary_of(hashlens("search", changed, "-c", collection, "-k", "1", "--json"))
+    assert found["hits"][0]["id"] == str(changed)
+    assert found["hits"][0]["payload"]["size"] == len(images[52])
+
+    summary = summary_of(hashlens(*index, "--prune"))
+    assert (summary["pruned"], summary["items"]) == (1, 30)
+
+
+def test_pruning_keeps_what_is_elsewhere(
+    hashlens: Hashlens, collection: str, pictures: Path
+) -> None:
+    hashlens("index", pictures, "-c", collection)
+    for n in range(3):
+        (pictures / f"album {n}" / f"{n:03}.{'jpg' if n % 2 else 'png'}").unlink()
+    summary = summary_of(
+        hashlens("index", pictures / "album 0", "-c", collection, "--prune", "--json")
+    )
+    assert (summary["pruned"], summary["items"]) == (1, 29)
+
+
+def test_another_models_collection_is_refused(
+    hashlens: Hashlens,
+    collection: str,
+    pictures: Path,
+    encoder: ServiceProcess,
+    search: SearchProcess,
+) -> None:
+    with Client(search.target, encoder.target) as client:
+        spec = client.create_collection("for-its-spec").spec
+        client.create_collection(
+            collection, spec=replace(spec, name=collection, model_id="0" * len(spec.model_id))
+        )
+    result = hashlens("index", pictures, "-c", collection, status=1)
+    assert "000000000000" in result.stderr
+    assert f"hashlens drop {collection}" in result.stderr
+
+
+def test_search_by_image_and_by_id(
+    hashlens: Hashlens, collection: str, pictures: Path, tmp_path: Path
+) -> None:
+    hashlens("index", pictures, "-c", collection)
+    query = pictures / "album 0" / "003.jpg"
+
+    shown = hashlens("search", query, "-c", collection, "-k", "5")
+    assert str(query) in shown.stdout
+    assert "pool 30 of 30 within" in shown.stdout
+    assert "exact" in shown.stdout
+
+    by_image = summary_of(hashlens("search", query, "-c", collection, "-k", "5", "--json"))
+    by_id = summary_of(hashlens("search", "--id", query, "-c", collection, "-k", "5", "--json"))
+    assert by_image["hits"] == by_id["hits"]
+    assert by_image["hits"][0]["id"] == str(query)
+    assert by_image["hits"][0]["hamming_bits"] == 0
+
+    html = tmp_path / "gallery.html"
+    hashlens("search", query, "-c", collection, "-k", "5", "--html", html)
+    assert html.read_text("utf-8").count("data:image/webp;base64,") == 6
+
+    coarse = ("--rank", "hamming", "--max-hamming", "2", "--json")
+    hits = summary_of(hashlens("search", query, "-c", collection, *coarse))["hits"]
+    assert all(hit["distance"] is None and hit["hamming_bits"] <= 2 for hit in hits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--id", "none"], "none"),
+        ([__file__], "image"),
+        (["--id", "none", "--max-hamming", "999"], "max_hamming_bits"),
+        (["--id", "none", "-c", "no-such"], "no-such"),
+        (["--id", "none", "-c", "No Such"], "collection"),
+    ],
+)
+def test_a_search_that_cannot_be(
+    hashlens: Hashlens, pictures: Path, arguments: list[str], message: str
+) -> None:
+    hashlens("index", pictures, "-c", "searched")
+    result = hashlens("search", "-c", "searched", *arguments, status=1)
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_collections_and_drop(hashlens: Hashlens, collection: str, pictures: Path) -> None:
+    hashlens("index", pictures, "-c", collection)
+    listed = {c["name"]: c for c in json.loads(hashlens("collections", "--json").stdout)}
+    assert listed[collection]["items"] == 30
+    assert collection in hashlens("collections").stdout
+    hashlens("drop", collection, status=1)  # Nobody confirms.
+    assert "is gone (30 items)" in hashlens("drop", collection, "--yes").stdout
+    assert collection not in hashlens("collections").stdout
+    assert "Error" in hashlens("drop", collection, "--yes", status=1).stderr
+
+
+def test_health(hashlens: Hashlens, encoder: ServiceProcess) -> None:
+    result = json.loads(hashlens("health", "--json").stdout)
+    assert result["serving"]
+    assert result["services"][0]["target"] == encoder.target
+    assert hashlens("health").stdout.count("serving") == 2
+
+
+def test_an_empty_folder(hashlens: Hashlens, collection: str, tmp_path: Path) -> None:
+    summary = summary_of(hashlens("index", tmp_path, "-c", collection, "--prune", "--json"))
+    assert (summary["found"], summary["items"], summary["pruned"]) == (0, 0, 0)

@@ -1,0 +1,154 @@
+"""The engine against brute force: same ids, same order, same bits of every distance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hashlens import codes
+from hashlens.types import Embedding, Rank, SearchOptions, SearchResult
+from search_service import coarse, fine
+from search_service.engine import Engine
+from search_service.snapshot import Snapshot
+from tests.reference import search as slow
+
+ENGINE = Engine()
+
+ALPHABET = ["a", "b", "Z", "é", "\uffee", "\U0001f600"]  # the last two: UTF-16 has them reversed
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> tuple[slow.Table, Snapshot, Embedding]:
+    """Crowded codes and features, so that ties are everywhere; ids in no order."""
+    n_bits = draw(st.one_of(st.sampled_from([1, 8, 12, 48, 64, 65, 512]), st.integers(1, 512)))
+    n = draw(st.one_of(st.sampled_from([0, 1, 64, 65]), st.integers(0, 150)))
+    dim = draw(st.sampled_from([0, 1, 3, 32, 40]))
+    dtype = draw(st.sampled_from([np.float32, np.float16]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    levels = draw(st.sampled_from([2, 1000]))
+
+    n_distinct = draw(st.sampled_from([1, 3, 200]))
+    distinct = rng.random((n_distinct, n_bits)) < draw(st.sampled_from([0.5, 0.1]))
+    packed = codes.pack(distinct[rng.integers(0, n_distinct, n)])
+    features = rng.integers(0, levels, (n, dim)).astype(dtype) if dim else None
+    ids = ["".join(rng.choice(ALPHABET, 2)) + str(row) for row in rng.permutation(n)]
+    dead = rng.random(n) < 0.3 if draw(st.booleans()) else None
+    has_feature = rng.random(n) < 0.7 if dim and draw(st.booleans()) else None
+    if n and dim and has_feature is not None:
+        features[~has_feature] = np.nan  # never read
+
+    table = slow.Table(
+        [code.tobytes() for code in packed], n_bits, ids, features, dead, has_feature
+    )
+    snapshot = Snapshot.from_arrays(
+        packed,
+        n_bits=n_bits,
+        features=features,
+        ids=ids,
+        dead=dead,
+        has_feature=has_feature,
+        version=7,
+        rows_per_segment=draw(st.sampled_from([1, 16, 64, 1024])),
+    )
+    near = distinct[0] ^ (rng.random(n_bits) < draw(st.sampled_from([0.0, 0.1, 0.5])))
+    query = Embedding(
+        code=codes.pack(near).tobytes(),
+        n_bits=n_bits,
+        model_id="",
+        feature=rng.integers(0, levels, dim).astype(np.float32) if dim else None,
+    )
+    return table, snapshot, query
+
+
+@st.composite
+def options(draw: st.DrawFn, n_bits: int) -> SearchOptions:
+    k = draw(st.sampled_from([1, 2, 10, 100, 1000]))
+    return SearchOptions(
+        k=k,
+        max_hamming_bits=draw(st.none() | st.integers(0, n_bits) | st.integers(0, min(3, n_bits))),
+        min_pool=draw(st.sampled_from([0, 1, 20, 1000])),
+        max_pool=draw(st.none() | st.integers(k, 2 * k)),
+        rank=draw(st.sampled_from([Rank.AUTO, Rank.HAMMING])),
+    )
+
+
+def assert_same(result: SearchResult, want: slow.Answer) -> None:
+    assert [(hit.id, hit.hamming_bits, hit.distance) for hit in result.hits] == want.hits
+    receipt = result.receipt
+    assert receipt.threshold_bits == want.threshold_bits
+    assert list(receipt.pool_histogram) == want.histogram
+    assert receipt.pool_size == want.pool_size
+    assert receipt.pool_truncated == want.truncated
+    assert receipt.rows_without_feature == want.rows_without_feature
+    assert receipt.exact == (not want.truncated and want.rows_without_feature == 0)
+
+
+def compare(made: tuple[slow.Table, Snapshot, Embedding], chosen: SearchOptions) -> None:
+    table, snapshot, query = made
+    by_feature = chosen.rank is Rank.AUTO and snapshot.dim > 0
+    want = slow.search(
+        table,
+        query.code,
+        query.feature,
+        k=chosen.k,
+        radius_bits=chosen.max_hamming_bits,
+        min_pool=chosen.min_pool,
+        max_pool=chosen.max_pool,
+        by_feature=by_feature,
+    )
+    result = ENGINE.search(snapshot, query, chosen)
+    assert_same(result, want)
+    assert result.receipt.rows_scanned == snapshot.n_alive
+    assert result.receipt.version == 7
+
+
+@settings(max_examples=120)
+@given(st.data(), tables())
+def test_same_answer(data: st.DataObject, made: Any) -> None:
+    compare(made, data.draw(options(made[1].n_bits)))
+
+
+@settings(max_examples=40)
+@given(st.data(), tables())
+def test_same_answer_in_many_small_blocks(data: st.DataObject, made: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coarse, "_SCAN_ROWS", 64)
+        patch.setattr(fine, "_BLOCK_ROWS", 7)
+        compare(made, data.draw(options(made[1].n_bits)))
+
+
+@settings(max_examples=20)
+@given(st.data(), tables())
+def test_same_answer_from_memory_maps(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, made: Any
+) -> None:
+    table, snapshot, query = made
+    directory = tmp_path_factory.mktemp("snapshot")
+
+    def mapped(name: str, array: np.ndarray | None) -> np.ndarray | None:
+        if array is None or array.size == 0:
+            return array
+        path: Path = directory / name
+        array.tofile(path)
+        return np.memmap(path, dtype=array.dtype, mode="r", shape=array.shape)
+
+    on_disk = Snapshot(
+        n_bits=snapshot.n_bits,
+        dim=snapshot.dim,
+        feature_dtype=snapshot.feature_dtype,
+        version=snapshot.version,
+        rows=snapshot.rows,
+        n_alive=snapshot.n_alive,
+        words=tuple(mapped(f"w{i}", words) for i, words in enumerate(snapshot.words)),
+        ids=snapshot.ids,
+        features=tuple(mapped(f"f{i}", part) for i, part in enumerate(snapshot.features)),
+        rows_per_segment=snapshot.rows_per_segment,
+        dead=mapped("dead", snapshot.dead),
+        has_feature=mapped("has", snapshot.has_feature),
+    )
+    compare((table, on_disk, query), data.draw(options(snapshot.n_bits)))

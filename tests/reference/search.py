@@ -1,0 +1,80 @@
+"""Two-stage search by brute force, row by row, sharing no code with the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tests.reference.kernels import euclidean, hamming
+
+
+@dataclass
+class Table:
+    """Rows as a test made them."""
+
+    codes: list[bytes]
+    n_bits: int
+    ids: list[str]
+    features: np.ndarray | None = None
+    dead: Sequence[bool] | None = None
+    has_feature: Sequence[bool] | None = None
+
+
+@dataclass
+class Answer:
+    """Hits are (id, hamming_bits, distance or None)."""
+
+    hits: list[tuple[str, int, float | None]]
+    threshold_bits: int
+    histogram: list[int]
+    pool_size: int
+    truncated: bool
+    rows_without_feature: int
+
+
+def search(
+    table: Table,
+    code: bytes,
+    feature: np.ndarray | None,
+    *,
+    k: int,
+    radius_bits: int | None,
+    min_pool: int,
+    max_pool: int | None,
+    by_feature: bool,
+) -> Answer:
+    alive = [
+        (hamming(stored, code), row)
+        for row, stored in enumerate(table.codes)
+        if table.dead is None or not table.dead[row]
+    ]
+    threshold = 0 if radius_bits is None else radius_bits
+    if radius_bits is None:
+        wanted = min(max(k, min_pool), len(alive))
+        while sum(bits <= threshold for bits, _ in alive) < wanted:
+            threshold += 1
+    ball = sorted(pair for pair in alive if pair[0] <= threshold)
+    pool = ball[:max_pool] if by_feature and max_pool is not None else ball
+
+    ranked = []
+    for bits, row in pool:
+        item_id = table.ids[row]
+        if not by_feature:
+            ranked.append((0.0, bits, item_id.encode(), item_id))
+        elif table.has_feature is None or table.has_feature[row]:
+            distance = float(euclidean(table.features[row], feature))
+            ranked.append((distance, bits, item_id.encode(), item_id))
+    ranked.sort()
+    return Answer(
+        hits=[
+            (item_id, bits, distance if by_feature else None)
+            for distance, bits, _, item_id in ranked[:k]
+        ],
+        threshold_bits=threshold,
+        histogram=[sum(b == bits for b, _ in ball) for bits in range(threshold + 1)],
+        pool_size=len(pool),
+        truncated=len(pool) < len(ball),
+        rows_without_feature=len(pool) - len(ranked),
+    )

@@ -1,0 +1,73 @@
+"""Many searches from many threads through one executor, and a digest of every answer.
+
+``python -m tests.support.answers 2`` prints it, so that a test can ask for it under another
+environment and compare.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+
+from hashlens import codes
+from hashlens.types import SearchOptions
+from search_service.engine import Engine, embedding_of
+from search_service.executor import Executor
+from search_service.kernels import euclidean
+from search_service.snapshot import Snapshot
+
+
+def digest(n_threads: int) -> str:
+    rng = np.random.default_rng(5)
+    n = 20_000
+    packed = codes.pack(rng.random((n, 100)) < 0.5)
+    snapshots = [
+        Snapshot.from_arrays(
+            packed,
+            n_bits=100,
+            features=(rng.standard_normal((n, 37)) * scale).astype(dtype),
+            rows_per_segment=1024,
+        )
+        for dtype, scale in ((np.float32, 1), (np.float16, 1e-6), (np.float16, 100))
+    ]
+    options = SearchOptions(k=50, min_pool=3000)
+    found: dict[int, Any] = {}
+    with Executor(n_threads=n_threads) as executor:
+        engine = Engine()
+        executor.run_blocking(lambda cancel: engine.warm_up())
+
+        def ask(i: int) -> None:
+            snapshot = snapshots[i % 3]
+            query = embedding_of(snapshot, str(i))
+            found[i] = executor.run_blocking(
+                lambda cancel: engine.search(snapshot, query, options, cancel)
+            ).value.hits
+
+        callers = [threading.Thread(target=ask, args=(i,)) for i in range(12)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+        widened = executor.run_blocking(lambda cancel: every_half()).value
+    answers = repr([found[i] for i in range(12)]).encode()
+    return hashlib.sha256(answers + widened.tobytes()).hexdigest()
+
+
+def every_half() -> np.ndarray:
+    """The distance of every float16 to zero, in the order of their bits."""
+    halves = np.arange(2**16, dtype=np.uint32).astype(np.uint16)
+    out = np.empty(2**16, dtype=np.float32)
+    address = np.array([halves.__array_interface__["data"][0]], dtype=np.int64)
+    zero = np.zeros(1, dtype=np.float32)
+    euclidean.distances(address, 20, True, np.arange(2**16), zero, out)
+    return out
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    print(digest(int(sys.argv[1])))

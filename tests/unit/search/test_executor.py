@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numba
+import pytest
+
+from hashlens.errors import CancelledError, DeadlineError, OverloadedError, UnavailableError
+from search_service.cancel import Cancel
+from search_service.executor import Executor
+
+WAIT_S = 30.0
+"""Longest any of these may take; none does."""
+
+
+@pytest.fixture
+def executor() -> Iterator[Executor]:
+    with Executor(max_queue=3) as made:
+        yield made
+
+
+class Gate:
+    """Work that keeps the executor busy until it is let go."""
+
+    def __init__(self) -> None:
+        self.began = threading.Event()
+        self.free = threading.Event()
+
+    def __call__(self, cancel: Cancel) -> str:
+        self.began.set()
+        assert self.free.wait(WAIT_S)
+        return "gate"
+
+
+def until_stopped(began: threading.Event) -> Callable[[Cancel], None]:
+    """Work that ends only by its flag or deadline."""
+
+    def work(cancel: Cancel) -> None:
+        began.set()
+        ends_s = time.monotonic() + WAIT_S
+        while time.monotonic() < ends_s:
+            cancel.check()
+            time.sleep(0.001)
+
+    return work
+
+
+async def begun(event: threading.Event) -> None:
+    assert await asyncio.to_thread(event.wait, WAIT_S)
+
+
+def test_the_result_and_the_wait_come_back(executor: Executor) -> None:
+    async def scenario() -> None:
+        outcome = await executor.run(lambda cancel: threading.current_thread().name)
+        assert outcome.value == "kernels"
+        assert outcome.queue_ns > 0
+
+    asyncio.run(scenario())
+    assert executor.run_blocking(lambda cancel: 1).value == 1
+
+
+def test_waiting_is_measured(executor: Executor) -> None:
+    async def scenario() -> None:
+        gate = Gate()
+        first = asyncio.create_task(executor.run(gate))
+        await begun(gate.began)
+        second = asyncio.create_task(executor.run(lambda cancel: None))
+        await asyncio.sleep(0.05)
+        gate.free.set()
+        assert (await first).value == "gate"
+        assert (await second).queue_ns >= 40_000_000
+
+    asyncio.run(scenario())
+
+
+def test_one_at_a_time_in_order(executor: Executor) -> None:
+    order: list[int] = []
+    inside = threading.Lock()
+
+    def work(i: int) -> None:
+        assert inside.acquire(blocking=False)
+        order.append(i)
+        inside.release()
+
+    async def scenario() -> None:
+        gate = Gate()
+        tasks = [asyncio.create_task(executor.run(gate))]
+        await begun(gate.began)
+        for i in range(3):
+            tasks.append(asyncio.create_task(executor.run(lambda cancel, i=i: work(i))))
+            await asyncio.sleep(0)
+        gate.free.set()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(scenario())
+    assert order == [0, 1, 2]
+
+
+@pytest.mark.parametrize("error", [ValueError("bad"), TimeoutError("mine"), SystemExit(3)])
+def test_what_work_raises_reaches_the_caller_and_the_thread_lives(
+    executor: Executor, error: BaseException
+) -> None:
+    def work(cancel: Cancel) -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        executor.run_blocking(work, deadline_s=WAIT_S)
+    assert caught.value is error
+    if isinstance(error, Exception):
+
+        async def scenario() -> None:
+            with pytest.raises(type(error)):
+                await executor.run(work, deadline_s=WAIT_S)
+
+        asyncio.run(scenario())
+    assert executor.run_blocking(lambda cancel: "alive").value == "alive"
+
+
+def test_a_full_queue_refuses(executor: Executor) -> None:
+    async def scenario() -> None:
+        gate = Gate()
+        tasks = [asyncio.create_task(executor.run(gate))]
+        await begun(gate.began)
+        tasks += [asyncio.create_task(executor.run(lambda cancel: "waited")) for _ in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError) as caught:
+            await executor.run(lambda cancel: None)
+        assert caught.value.retry_after_s > 0
+        gate.free.set()
+        assert [done.value for done in await asyncio.gather(*tasks)] == ["gate"] + 3 * ["waited"]
+
+    asyncio.run(scenario())
+
+
+def test_those_who_left_make_room_and_never_start(executor: Executor) -> None:
+    started: list[int] = []
+
+    async def scenario() -> None:
+        gate = Gate()
+        first = asyncio.create_task(executor.run(gate))
+        await begun(gate.began)
+        leaving = [
+            asyncio.create_task(executor.run(lambda cancel, i=i: started.append(i)))
+            for i in range(3)
+        ]
+        await asyncio.sleep(0)
+        for task in leaving:
+            task.cancel()
+        await asyncio.gather(*leaving, return_exceptions=True)
+        assert all(task.cancelled() for task in leaving)
+        staying = asyncio.create_task(executor.run(lambda cancel: "room"))
+        await asyncio.sleep(0)
+        gate.free.set()
+        assert (await staying).value == "room"
+        await first
+
+    asyncio.run(scenario())
+    assert started == []
+
+
+def test_work_whose_deadline_passes_in_the_queue_never_starts(executor: Executor) -> None:
+    started: list[int] = []
+
+    async def scenario() -> None:
+        gate = Gate()
+        first = asyncio.create_task(executor.run(gate))
+        await begun(gate.began)
+        # The caller is told at once, not when the queue moves.
+        with pytest.raises(DeadlineError):
+            await executor.run(lambda cancel: started.append(1), deadline_s=0.01)
+        with pytest.raises(DeadlineError):
+            await asyncio.to_thread(
+                executor.run_blocking, lambda cancel: started.append(2), deadline_s=0.01
+            )
+        gate.free.set()
+        await first
+        await executor.run(lambda cancel: None)
+
+    asyncio.run(scenario())
+    assert started == []
+
+
+def test_late_work_does_not_start_though_its_caller_has_not_noticed(executor: Executor) -> None:
+    started: list[int] = []
+
+    async def scenario() -> None:
+        gate = Gate()
+        first = asyncio.create_task(executor.run(gate))
+        await begun(gate.began)
+        late = asyncio.create_task(executor.run(lambda cancel: started.append(1), deadline_s=0.01))
+        await asyncio.sleep(0)
+        time.sleep(0.05)  # noqa: ASYNC251 - a busy event loop, on purpose
+        gate.free.set()
+        executor.run_blocking(lambda cancel: None)
+        with pytest.raises(DeadlineError):
+            await late
+        await first
+
+    asyncio.run(scenario())
+    assert started == []
+
+
+def test_running_work_is_told_that_its_caller_left(executor: Executor) -> None:
+    ended: list[str] = []
+
+    async def scenario() -> None:
+        began = threading.Event()
+
+        def work(cancel: Cancel) -> None:
+            try:
+                until_stopped(began)(cancel)
+            except CancelledError:
+                ended.append("told")
+                raise
+
+        task = asyncio.create_task(executor.run(work))
+        await begun(began)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await executor.run(lambda cancel: None)  # the thread is free again
+
+    asyncio.run(scenario())
+    assert ended == ["told"]
+
+
+def test_running_work_is_told_that_its_time_is_over(executor: Executor) -> None:
+    async def scenario() -> None:
+        with pytest.raises(DeadlineError):
+            await executor.run(until_stopped(threading.Event()), deadline_s=0.05)
+        await executor.run(lambda cancel: None)
+
+    asyncio.run(scenario())
+    with pytest.raises(DeadlineError):
+        executor.run_blocking(until_stopped(threading.Event()), deadline_s=0.05)
+
+
+def test_closing_tells_everyone() -> None:
+    executor = Executor()
+    began = threading.Event()
+    with ThreadPoolExecutor(2) as callers:
+        running = callers.submit(executor.run_blocking, until_stopped(began))
+        assert began.wait(WAIT_S)
+        started: list[int] = []
+        waiting = callers.submit(executor.run_blocking, lambda cancel: started.append(1))
+        while not executor._queue:
+            time.sleep(0.001)
+        executor.close(WAIT_S)
+        for future in (running, waiting):
+            with pytest.raises(UnavailableError):
+                future.result(WAIT_S)
+    assert started == []
+    assert "kernels" not in {thread.name for thread in threading.enumerate()}
+    with pytest.raises(UnavailableError):
+        executor.run_blocking(lambda cancel: None)
+    executor.close()
+
+
+def test_work_that_does_not_notice_is_left_behind(caplog: pytest.LogCaptureFixture) -> None:
+    executor = Executor()
+    gate = Gate()
+    with ThreadPoolExecutor(1) as callers:
+        future = callers.submit(executor.run_blocking, gate)
+        assert gate.began.wait(WAIT_S)
+        executor.close(timeout_s=0.01)
+        assert "still running" in caplog.text
+        gate.free.set()
+        assert future.result(WAIT_S).value == "gate"
+
+
+def test_the_number_of_threads_is_set_where_the_kernels_run() -> None:
+    with Executor(n_threads=1) as executor:
+        assert executor.run_blocking(lambda cancel: numba.get_num_threads()).value == 1
+    with Executor(n_threads=10_000) as executor:
+        most = numba.config.NUMBA_NUM_THREADS
+        assert executor.run_blocking(lambda cancel: numba.get_num_threads()).value == most

