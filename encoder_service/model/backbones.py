@@ -151,7 +151,7 @@ def load_imagenet(module: nn.Module, backbone: Backbone) -> None:
     """
     weights = torchvision.models.get_weight(backbone.imagenet)
     try:
-        state = weights.get_state_dict(progress=False, check_hash=True)
+        state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:
         target = f"{torch.hub.get_dir()}/checkpoints/{weights.url.rsplit('/', 1)[-1]}"
         raise InvalidInputError(

@@ -195,7 +195,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ) from error
     state = safetensors.torch.load_file(path)
     _check_tensors(path, network, state)
-    network.load_state_dict(state, assign=True)
+    # Copied, not assigned: the file's tensors lie unaligned in memory, and kernels round by that.
+    network.to_empty(device="cpu")
+    network.load_state_dict(state)
     checkpoint = Checkpoint(network, preprocessing, classes, recipe, metrics, data_licence)
     if checkpoint.model_id != stated_id:
         raise InvalidInputError(
@@ -221,18 +223,19 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise InvalidInputError(
             f"{path}: cannot be read: {error.strerror}.", field=_FIELD
         ) from error
-    if magic.startswith((b"PK", b"\x80")):
-        raise InvalidInputError(
-            f"{path}: this is a pickled PyTorch file. Loading one may run code hidden in it, so "
-            "Hashlens reads safetensors only: convert it where you trust it.",
-            field=_FIELD,
-        )
     try:
         with safetensors.safe_open(path, framework="pt") as opened:
             metadata = opened.metadata() or {}
         plain = json.loads(metadata[HEADER_KEY])
         version = plain["format_version"]
     except safetensors.SafetensorError as error:
+        # Only now: a safetensors file begins with a length, which may look like either of these.
+        if magic.startswith((b"PK", b"\x80")):
+            raise InvalidInputError(
+                f"{path}: this is a pickled PyTorch file. Loading one may run code hidden in it, "
+                "so Hashlens reads safetensors only: convert it where you trust it.",
+                field=_FIELD,
+            ) from error
         raise InvalidInputError(
             f"{path}: not a complete safetensors file ({error}).", field=_FIELD
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from hashlens.cli.images import thumbnail, thumbnail_of_file
@@ -18,6 +19,9 @@ MAX_SHOWN = 1000
 
 _SIDE = 240
 _WORKERS = 4
+
+_QUICK = 50
+"""So many thumbnails take less than a second, and no bar."""
 
 
 def search_page(
@@ -71,7 +75,12 @@ def search_page(
 
 def _thumbnails(hits: Sequence[Hit]) -> list[tuple[Hit, bytes | None]]:
     shown = []
-    with step(console(stderr=True), "Making thumbnails", len(hits), "images") as advance:
+    progress = (
+        step(console(stderr=True), "Making thumbnails", len(hits), "images")
+        if len(hits) > _QUICK
+        else nullcontext(lambda n: None)
+    )
+    with progress as advance:
         for made in pipelined(
             lambda hit: thumbnail_of_file(Path(path_of(hit)), _SIDE), hits, _WORKERS
         ):

@@ -23,12 +23,15 @@ START_DEADLINE_S = 180.0
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Make SIGTERM and SIGHUP end the block as Ctrl-C does: by KeyboardInterrupt."""
+    """Make SIGTERM and SIGHUP end the block as Ctrl-C does: by KeyboardInterrupt.
+
+    SIGINT, too: a shell has it ignored by what it starts in the background.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    with _handled(interrupt, signal.SIGTERM, signal.SIGHUP):
+    with _handled(interrupt):
         yield
 
 
@@ -36,14 +39,13 @@ def interruptible() -> Iterator[None]:
 def _caught() -> Iterator[threading.Event]:
     """Note signals that would end the process instead of obeying them."""
     caught = threading.Event()
-    with _handled(lambda number, frame: caught.set(), signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    with _handled(lambda number, frame: caught.set()):
         yield caught
 
 
 @contextmanager
-def _handled(
-    handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals
-) -> Iterator[None]:
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield

@@ -12,7 +12,6 @@ from rich.progress import (
     Progress,
     SpinnerColumn,
     Task,
-    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -49,15 +48,18 @@ def step(console: Console, description: str, total: int, unit: str = "") -> Iter
 
 @contextmanager
 def _bar(console: Console, description: str, total: int, unit: str) -> Iterator[Advance]:
+    # Together at most 80 columns wide.
     columns = [
         SpinnerColumn(finished_text="[green]✓"),
-        TextColumn("{task.description:<26}"),
-        BarColumn(bar_width=32),
-        TaskProgressColumn("{task.completed:>7,.0f} / {task.total:,.0f}"),
-        TimeElapsedColumn(),
+        TextColumn("{task.description:<20}"),
+        BarColumn(bar_width=16),
+        TextColumn("{task.completed:,.0f} / {task.total:,.0f}"),
     ]
     if unit:
-        columns += [_RateColumn(unit), TextColumn("left"), TimeRemainingColumn()]
+        left = TimeRemainingColumn(compact=True, elapsed_when_finished=True)
+        columns += [_RateColumn(unit), left]
+    else:
+        columns.append(TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(description, total=total)
         yield lambda n: progress.advance(task, n)

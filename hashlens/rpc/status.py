@@ -95,4 +95,9 @@ async def abort(context: grpc.aio.ServicerContext[object, object], error: BaseEx
     """End the call with an error's status; never returns normally."""
     status = status_of(error)
     code = next(c for c in grpc.StatusCode if c.value[0] == status.code)
-    await context.abort(code, status.message, ((DETAILS_KEY, status.SerializeToString()),))
+    trailing: tuple[tuple[str, str | bytes], ...] = ((DETAILS_KEY, status.SerializeToString()),)
+    if code is grpc.StatusCode.UNAVAILABLE:
+        # We have tried for as long as the deadline allowed: gRPC's own retry would only turn this
+        # into DEADLINE_EXCEEDED. It still retries where no server answered at all.
+        trailing += (("grpc-retry-pushback-ms", "-1"),)
+    await context.abort(code, status.message, trailing)

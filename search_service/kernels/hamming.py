@@ -11,6 +11,7 @@ from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
@@ -47,8 +48,26 @@ def _define_popcount(typing: Any, word: Any) -> Any:
     return types.uint64(types.uint64), generate
 
 
+def _define_smallest_of_group(typing: Any, values: Any, start: Any) -> Any:
+    group = ir.VectorType(ir.IntType(16), GROUP_ROWS)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        address = builder.bitcast(builder.gep(array.data, [args[1]]), group.as_pointer())
+        smallest = builder.module.declare_intrinsic(
+            f"llvm.vector.reduce.umin.v{GROUP_ROWS}i16",
+            fnty=ir.FunctionType(group.element, [group]),
+        )
+        return builder.call(smallest, [builder.load(address, align=2)])
+
+    return types.uint16(U16_OUT, types.int64), generate
+
+
 _popcount: Any = intrinsic(_define_popcount)
 """Count the set bits of a uint64."""
+
+_smallest_of_group: Any = intrinsic(_define_smallest_of_group)
+"""Return the smallest of GROUP_ROWS numbers, by vector; LLVM makes a poor job of the loop."""
 
 
 @helper
@@ -69,16 +88,13 @@ def _scan_block(words, n_words, query, dead, lo, hi, distances, nearest):  # typ
         flags = dead[lo:hi]
         for i in range(block.shape[0]):
             block[i] |= -np.uint16(flags[i])
-    for group in range(lo // GROUP_ROWS, (hi + GROUP_ROWS - 1) // GROUP_ROWS):
-        members = distances[group * GROUP_ROWS : min(group * GROUP_ROWS + GROUP_ROWS, hi)]
-        smallest = np.uint16(DEAD)
-        if members.shape[0] == GROUP_ROWS:  # a fixed count, unrolled
-            for i in range(GROUP_ROWS):
-                smallest = min(smallest, members[i])
-        else:
-            for i in range(members.shape[0]):
-                smallest = min(smallest, members[i])
-        nearest[group] = smallest
+    first = lo // GROUP_ROWS
+    n_whole = block.shape[0] // GROUP_ROWS
+    for group in range(n_whole):
+        nearest[first + group] = _smallest_of_group(block, group * GROUP_ROWS)
+    rest = block[n_whole * GROUP_ROWS :]
+    if rest.shape[0] > 0:
+        nearest[first + n_whole] = rest.min()
 
 
 @kernel(

@@ -240,13 +240,14 @@ class Collection:
         self._local.remove()
 
     def _check_writable(self, deadline_s: float) -> None:
-        """Refuse what could not be applied here; whether Redis is there, Redis will say."""
+        """Refuse what could not be applied here; the rest is for Redis to say."""
         self._follower.wait_settled(min(deadline_s, _SETTLE_S))
         trouble = self._follower.trouble
-        if self._follower.is_lost and trouble is not None:
+        if trouble is None or isinstance(trouble, UnavailableError) or self.is_foreign:
+            return
+        if self._follower.is_lost:
             raise PreconditionError(trouble.message)
-        if trouble is not None and not isinstance(trouble, UnavailableError):
-            raise type(trouble)(trouble.message)
+        raise type(trouble)(trouble.message)
 
     def _pack(self, item: Record, field: str) -> Raw:
         """Return an item's log record.

@@ -59,6 +59,8 @@ def photos(
         result = client.upsert("photos", items)
         assert (result.n_written, result.failures) == (N, ())
         assert result.version == N
+        # This client reads its own writes; from here on, so does every other.
+        client.search("photos", id="000")
         return "photos", result.version
 
 

@@ -17,7 +17,7 @@ from hashlens.errors import (
     PreconditionError,
 )
 from hashlens.types import Embedding, Rank, SearchOptions
-from search_service import coarse
+from search_service import coarse, fine
 from search_service.cancel import Cancel
 from search_service.engine import Engine, embedding_of
 from search_service.snapshot import Snapshot
@@ -199,6 +199,25 @@ def test_one_engine_serves_tables_of_different_sizes() -> None:
     for n in (10, 5000, 10, 70):
         snapshot = make(n=n)
         assert engine.search(snapshot, embedding_of(snapshot, "9")).hits[0].id == "9"
+
+
+@pytest.mark.parametrize("n_bits", [40, 200])
+def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, n_bits: int) -> None:
+    rng = np.random.default_rng(2)
+    dead, has_feature = rng.random(1000) < 0.3, rng.random(1000) < 0.8
+    snapshot = make(n=1000, n_bits=n_bits, dead=dead, has_feature=has_feature)
+    rows = np.flatnonzero(~dead & has_feature)[::50]
+    queries = [embedding_of(snapshot, str(row)) for row in rows]
+    options = SearchOptions(k=100, min_pool=300, max_pool=250)
+
+    def answers() -> list[Any]:
+        results = [Engine().search(snapshot, query, options) for query in queries]
+        return [(result.hits, result.receipt.pool_histogram) for result in results]
+
+    whole = answers()
+    monkeypatch.setattr(coarse, "_SCAN_ROWS", 64)
+    monkeypatch.setattr(fine, "_BLOCK_ROWS", 7)
+    assert answers() == whole
 
 
 def test_threads_take_turns_with_one_engine() -> None:

@@ -148,16 +148,16 @@ def test_a_request_id_stands_for_one_write(
         "payload": Record(last.id, last.code, last.feature, last.payload + b"x"),
         "id": Record("other", last.code, last.feature, last.payload),
     }
+    if change == "delete":
+        write, items = truth.delete, doomed("i1")
+    elif change == "more":
+        write, items = truth.put, raws([*records, changed["id"]])
+    elif change == "fewer":
+        write, items = truth.put, raws(records[:-1])
+    else:
+        write, items = truth.put, raws([*records[:-1], changed[change]])
     with pytest.raises(InvalidInputError, match="request id") as caught:
-        if change == "delete":
-            truth.delete(meta, doomed("i1"), request_id="r", deadline_s=S)
-        elif change == "more":
-            truth.put(meta, raws([*records, changed["id"]]), request_id="r", deadline_s=S)
-        elif change == "fewer":
-            truth.put(meta, raws(records[:-1]), request_id="r", deadline_s=S)
-        else:
-            items = raws([*records[:-1], changed[change]])
-            truth.put(meta, items, request_id="r", deadline_s=S)
+        write(meta, items, request_id="r", deadline_s=S)
     assert caught.value.field == "request_id"
     assert all_keys(client, meta.spec.name) == before
 
@@ -175,21 +175,10 @@ def test_buckets_stay_lists(truth: Catalog, client: redis.Redis, new_name: Names
 
 def test_an_odd_id_is_any_text(truth: Catalog, client: redis.Redis, new_name: Names) -> None:
     meta, model = truth.create(spec_of(new_name()), S), Model()
-    ids = [
-        "a b",
-        "ümläut",
-        "日本語",
-        "👩‍👩‍👧",
-        "\u202eabc",
-        "é",
-        "e\u0301",
-        "x" * 1024,
-        "{name}",
-        "0",
-        "'\"\\",
-    ]
+    ids = ["a b", "{name}", "0", "'\"\\", "\u00fc", "e\u0301", "\u65e5\u672c", "x" * 1024]
+    ids += ["\U0001f469\u200d\U0001f467", "\u202eabc"]
     records = [make_record(meta.spec, i, np.random.default_rng(1)) for i in ids]
-    truth.put(meta, raws(records), request_id="ü:0", deadline_s=S)
+    truth.put(meta, raws(records), request_id="\u00fc:0", deadline_s=S)
     model.upsert(records)
     assert_in_redis(client, meta.spec.name, model)
 
@@ -256,7 +245,7 @@ def test_dropping_removes_everything_but_a_note(
         truth.put(meta, raws(make_records(meta.spec, 1)), request_id="x", deadline_s=S)
 
 
-@pytest.mark.parametrize("step", range(12))
+@pytest.mark.parametrize("step", range(10))
 @pytest.mark.parametrize("then", ["create", "drop"])
 def test_a_drop_that_was_interrupted_is_completed(
     truth: Catalog,
@@ -284,7 +273,7 @@ def test_a_drop_that_was_interrupted_is_completed(
         completed = False
     monkeypatch.setattr(truth._caller, "run", run)
     # meta, begin, note, three sweeps of 500 buckets, end, name.
-    assert completed == (step >= 7)
+    assert completed == (step >= 8)
     if then == "drop":
         truth.drop(spec.name, S)
         assert all_keys(client, spec.name) == {}
@@ -294,8 +283,7 @@ def test_a_drop_that_was_interrupted_is_completed(
         return
     again = truth.create(spec, S)
     if step < 2:
-        # It had not begun, or only just: nothing was lost before it did.
-        assert again == meta or again.seq == 0
+        assert (again.epoch, again.seq) == (meta.epoch, 300)
     else:
         assert again.epoch != meta.epoch
         assert set(all_keys(client, spec.name)) == {Keys(spec.name).meta.encode()}
