@@ -286,7 +286,7 @@ class Receipt:
     threshold_bits: int
     """The Hamming distance within which rows formed the pool."""
     pool_size: int
-    """Rows the fine stage looked at, or that were ranked by Hamming distance."""
+    """Rows of the pool, after `max_pool`; the fine stage ranked those that have a feature."""
     pool_histogram: tuple[int, ...]
     """Alive rows at each Hamming distance 0..threshold_bits, before any cut."""
     pool_truncated: bool

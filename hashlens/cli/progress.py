@@ -89,10 +89,10 @@ def _plain(console: Console, description: str, total: int, unit: str) -> Iterato
         now = time.monotonic()
         if done < total and now - said >= PLAIN_INTERVAL_S:
             said = now
-            left_s = (now - begun) / done * (total - done) if done else 0.0
+            elapsed_s = now - begun
+            left = f", {duration(elapsed_s / done * (total - done))} left" if unit and done else ""
             console.print(
-                f"{description}: {done:,} of {total:,}{_rate(done, now - begun, unit)}, "
-                f"{duration(left_s)} left"
+                f"{description}: {done:,} of {total:,}{_rate(done, elapsed_s, unit)}{left}"
             )
 
     console.print(f"{description} ...")

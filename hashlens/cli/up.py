@@ -26,9 +26,19 @@ _STYLES = {"encoder": "cyan", "search": "magenta"}
     help="Directory that keeps everything; made if it is not there.",
 )
 @click.option(
-    "--encoder-listen", default=wire.ENCODER_TARGET, show_default=True, metavar="HOST:PORT"
+    "--encoder-listen",
+    default=wire.ENCODER_TARGET,
+    show_default=True,
+    envvar="HASHLENS_ENCODER_LISTEN",
+    metavar="HOST:PORT",
 )
-@click.option("--search-listen", default=wire.SEARCH_TARGET, show_default=True, metavar="HOST:PORT")
+@click.option(
+    "--search-listen",
+    default=wire.SEARCH_TARGET,
+    show_default=True,
+    envvar="HASHLENS_SEARCH_LISTEN",
+    metavar="HOST:PORT",
+)
 @click.option(
     "--checkpoint",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),

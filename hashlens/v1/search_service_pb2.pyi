@@ -946,7 +946,7 @@ class Receipt(_message.Message):
     threshold_bits: _builtins.int
     """The Hamming distance within which rows formed the pool."""
     pool_size: _builtins.int
-    """Rows that were ranked."""
+    """Rows of the pool, after max_pool; the fine stage ranked those that have a feature."""
     pool_truncated: _builtins.bool
     """Whether max_pool cut the ball."""
     rows_without_feature: _builtins.int

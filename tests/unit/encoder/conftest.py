@@ -13,6 +13,15 @@ from encoder_service.model.network import HashNet
 from encoder_service.preprocess import Preprocessing
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """On a busy machine, threads that wait for each other slow these small models down a lot."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def make_checkpoint(n_bits: int = 20, crop: int = 32, seed: int = 0) -> Checkpoint:
     """Make a model with random weights whose bits differ from image to image."""
     with torch.random.fork_rng(devices=[]):
@@ -35,15 +44,6 @@ def make_checkpoint(n_bits: int = 20, crop: int = 32, seed: int = 0) -> Checkpoi
         metrics={"test_accuracy": 0.5},
         data_licence="CC0",
     )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine, threads that wait for each other slow these small models down a lot."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from encoder_service.encoder import Encoder, resolve_device
+from encoder_service.model.checkpoint import Checkpoint
+from encoder_service.model.network import HashNet
+from encoder_service.preprocess import Preprocessing
+from hashlens import codes
+from hashlens.errors import InvalidInputError
+from tests.unit.encoder.conftest import make_checkpoint
+
+N = 40
+IMAGES = np.random.default_rng(1).standard_normal((N, 3, 32, 32)).astype(np.float32)
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return Encoder(make_checkpoint(), "cpu")
+
+
+@pytest.fixture(scope="module")
+def one_by_one(encoder: Encoder) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes, features and activations of `IMAGES`, each encoded alone."""
+    alone = [encoder.encode(image[np.newaxis]) for image in IMAGES]
+    return (
+        np.concatenate([e.codes for e in alone]),
+        np.concatenate([e.features for e in alone]),
+        np.concatenate([e.activations for e in alone]),
+    )
+
+
+def test_shapes_dtypes_and_packing(encoder: Encoder) -> None:
+    encoded = encoder.encode(IMAGES[:5])
+    assert (encoded.codes.shape, encoded.codes.dtype) == ((5, 3), np.uint8)
+    assert (encoded.features.shape, encoded.features.dtype) == ((5, 1024), np.float32)
+    assert (encoded.activations.shape, encoded.activations.dtype) == ((5, 20), np.float32)
+    np.testing.assert_array_equal(codes.unpack(encoded.codes, 20), encoded.activations > 0.5)
+    assert (encoded.codes[:, -1] < 16).all(), "padding bits are zero"
+    assert len(np.unique(encoded.codes, axis=0)) > 1, "the model tells these images apart"
+
+
+def test_no_images(encoder: Encoder) -> None:
+    encoded = encoder.encode(IMAGES[:0])
+    assert encoded.codes.shape == (0, 3)
+    assert encoded.features.shape == (0, 1024)
+    assert encoded.activations.shape == (0, 20)
+
+
+def test_agrees_with_the_network(encoder: Encoder) -> None:
+    network = make_checkpoint().network
+    with torch.inference_mode():
+        output = network(torch.from_numpy(IMAGES))
+    encoded = encoder.encode(IMAGES)
+    np.testing.assert_allclose(encoded.features, output.features, atol=2e-4)
+    np.testing.assert_allclose(encoded.activations, output.activations, atol=2e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.lists(st.integers(0, N - 1), min_size=1, max_size=35))
+def test_neither_batch_size_nor_place_changes_an_embedding(
+    encoder: Encoder, one_by_one: tuple[np.ndarray, ...], rows: list[int]
+) -> None:
+    encoded = encoder.encode(IMAGES[rows])
+    np.testing.assert_array_equal(encoded.codes, one_by_one[0][rows])
+    np.testing.assert_array_equal(encoded.features, one_by_one[1][rows])
+    np.testing.assert_array_equal(encoded.activations, one_by_one[2][rows])
+
+
+def test_a_bit_on_the_edge_does_not_flip() -> None:
+    """A bias that puts H of one image exactly on the threshold, the worst case there is."""
+    checkpoint = make_checkpoint()
+    encoder = Encoder(checkpoint, "cpu")
+    linear, norm = checkpoint.network.hash_layer, checkpoint.network.hash_norm
+    assert isinstance(norm, torch.nn.BatchNorm1d)
+    with torch.no_grad():
+        feature = torch.from_numpy(encoder.encode(IMAGES[:1]).features)
+        norm.running_mean.copy_(linear(feature)[0])
+        norm.bias.zero_()
+    alone = encoder.encode(IMAGES[:1])
+    assert np.abs(alone.activations - 0.5).max() < 1e-5
+    for n in range(2, N + 1):
+        for batch, place in ((IMAGES[:n], 0), (np.roll(IMAGES[:n], n - 1, axis=0), n - 1)):
+            np.testing.assert_array_equal(encoder.encode(batch).codes[place], alone.codes[0])
+
+
+def test_other_memory_layouts_of_the_batch_give_the_same(
+    encoder: Encoder, one_by_one: tuple[np.ndarray, ...]
+) -> None:
+    channels_last = np.ascontiguousarray(IMAGES.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    every_second = np.repeat(IMAGES, 2, axis=0)[::2]
+    unaligned = np.frombuffer(b"\0" + IMAGES.tobytes(), np.uint8)[1:].view(np.float32)
+    for batch in (channels_last, every_second, unaligned.reshape(IMAGES.shape)):
+        np.testing.assert_array_equal(encoder.encode(batch).features, one_by_one[1])
+
+
+def test_two_encoders_of_one_model_agree(one_by_one: tuple[np.ndarray, ...]) -> None:
+    np.testing.assert_array_equal(
+        Encoder(make_checkpoint(), "cpu").encode(IMAGES).features, one_by_one[1]
+    )
+
+
+def test_works_in_another_thread(encoder: Encoder, one_by_one: tuple[np.ndarray, ...]) -> None:
+    """As in the service, where the model's thread is not the one that made the encoder."""
+
+    def work() -> tuple[np.ndarray, int]:
+        encoder.warm_up()
+        return encoder.encode(IMAGES).features, torch.get_num_threads()
+
+    with ThreadPoolExecutor(1) as pool:
+        features, n_threads = pool.submit(work).result()
+    np.testing.assert_array_equal(features, one_by_one[1])
+    assert n_threads == encoder.n_threads == 1
+
+
+def test_tile_follows_the_input_size() -> None:
+    for crop, tile in ((32, 8), (48, 8), (64, 4), (96, 2), (224, 1)):
+        checkpoint = replace(make_checkpoint(), preprocessing=Preprocessing(resize=crop, crop=crop))
+        assert Encoder(checkpoint, "cpu").tile == tile
+
+
+def test_large_inputs_use_the_threads_asked_for() -> None:
+    checkpoint = replace(make_checkpoint(), preprocessing=Preprocessing())
+    encoder = Encoder(checkpoint, "cpu", n_threads=2)
+    batch = np.random.default_rng(0).standard_normal((2, 3, 224, 224)).astype(np.float32)
+    both = encoder.encode(batch)
+    assert torch.get_num_threads() == 2
+    np.testing.assert_array_equal(encoder.encode(batch[1:]).features[0], both.features[1])
+
+
+def test_facts(encoder: Encoder) -> None:
+    checkpoint = make_checkpoint()
+    assert encoder.model_id == checkpoint.model_id
+    assert encoder.backbone == "mobilenet_v3_small"
+    assert (encoder.n_bits, encoder.dim) == (20, 1024)
+    assert encoder.classes == ("cat", "dog", "Ähre")
+    assert encoder.metrics == {"test_accuracy": 0.5}
+    assert encoder.data_licence == "CC0"
+    assert encoder.device == torch.device("cpu")
+
+
+def test_alexnet_end_to_end() -> None:
+    """The paper's own network, from an image."""
+    torch.manual_seed(0)
+    network = HashNet("alexnet", 48, 10)
+    encoder = Encoder(
+        Checkpoint(network, Preprocessing(resize=72, crop=64), tuple("abcdefghij")), "cpu"
+    )
+    picture = Image.effect_noise((80, 90), 50).convert("RGB")
+    image = encoder.preprocessing(picture)
+    alone = encoder.encode(image[np.newaxis])
+    assert alone.codes.shape == (1, 6)
+    assert alone.features.shape == (1, 4096)
+    assert alone.features.min() >= 0
+    crowd = encoder.encode(np.stack([image] * 11))
+    np.testing.assert_array_equal(crowd.features, np.repeat(alone.features, 11, axis=0))
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        np.zeros((1, 3, 32, 32)),
+        np.zeros((3, 32, 32), np.float32),
+        np.zeros((1, 32, 32, 3), np.float32),
+        np.zeros((1, 3, 48, 48), np.float32),
+    ],
+)
+def test_wrong_batches(encoder: Encoder, batch: np.ndarray) -> None:
+    with pytest.raises(InvalidInputError, match=r"a batch is float32 \[n, 3, 32, 32\]"):
+        encoder.encode(batch)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "", "meta", "cuda:99"])
+def test_unknown_devices(device: str) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        resolve_device(device)
+    assert caught.value.field == "device"
+
+
+def test_auto_finds_what_is_there() -> None:
+    wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    assert resolve_device("auto").type == wanted
+    assert resolve_device("cpu") == torch.device("cpu")
+
+
+def test_bad_settings() -> None:
+    with pytest.raises(InvalidInputError, match="n_threads"):
+        Encoder(make_checkpoint(), "cpu", -1)
+    with pytest.raises(InvalidInputError, match="autocast"):
+        Encoder(make_checkpoint(), "cpu", autocast="int8")  # type: ignore[arg-type]
+
+
+# --- CUDA ---
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_cuda_agrees_with_the_cpu() -> None:
+    cpu = Encoder(make_checkpoint(), "cpu").encode(IMAGES)
+    gpu = Encoder(make_checkpoint(), "cuda").encode(IMAGES)
+    np.testing.assert_allclose(gpu.features, cpu.features, atol=1e-3)
+    np.testing.assert_allclose(gpu.activations, cpu.activations, atol=1e-3)
+    sure = np.abs(cpu.activations - 0.5) > 1e-3
+    assert ((gpu.activations > 0.5) == (cpu.activations > 0.5))[sure].all()
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_cuda_neither_batch_size_nor_place_changes_an_embedding() -> None:
+    encoder = Encoder(make_checkpoint(), "cuda")
+    want = np.concatenate([encoder.encode(image[np.newaxis]).features for image in IMAGES])
+    rng = np.random.default_rng(0)
+    for n in range(1, N + 1):
+        rows = rng.integers(0, N, n)
+        np.testing.assert_array_equal(encoder.encode(IMAGES[rows]).features, want[rows])
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("autocast", ["bfloat16", "float16"])
+def test_cuda_autocast_is_close(autocast: str) -> None:
+    cpu = Encoder(make_checkpoint(), "cpu").encode(IMAGES)
+    gpu = Encoder(make_checkpoint(), "cuda", autocast=autocast).encode(IMAGES)  # type: ignore[arg-type]
+    assert gpu.features.dtype == np.float32
+    np.testing.assert_allclose(gpu.activations, cpu.activations, atol=0.1)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_cuda_out_of_memory_splits_the_pass_once() -> None:
+    """A network that needs the memory of the whole device for a full tile, and half for half."""
+    checkpoint = make_checkpoint()
+    encoder = Encoder(checkpoint, "cuda")
+    want = encoder.encode(IMAGES)
+    total = torch.cuda.get_device_properties(0).total_memory
+    sizes: list[int] = []
+
+    def greedy(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        sizes.append(len(inputs[0]))
+        torch.empty(int(total * len(inputs[0]) / encoder.tile), dtype=torch.uint8, device="cuda")
+
+    hook = checkpoint.network.register_forward_pre_hook(greedy)
+    # Half of the device may be in use: the hook's request for half must still fit.
+    torch.cuda.empty_cache()
+    got = encoder.encode(IMAGES[: encoder.tile])
+    hook.remove()
+    assert sizes == [encoder.tile, encoder.tile // 2, encoder.tile // 2]
+    np.testing.assert_allclose(got.features, want.features[: encoder.tile], atol=1e-3)
