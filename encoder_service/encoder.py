@@ -227,7 +227,7 @@ class Encoder:
             memory_format=torch.channels_last,
             pin_memory=self._stream is not None,
         )
-        tile[:n] = torch.from_numpy(images)
+        np.copyto(tile[:n].numpy(), images)
         tile[n:] = 0
         if self._stream is None:
             output = self._network(tile)

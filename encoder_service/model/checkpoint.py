@@ -1,7 +1,7 @@
 """A trained model in one file: weights, and everything one must know to use and to trust them.
 
 The file is safetensors. Its header carries one text entry, ``hashlens``: canonical JSON with the
-fields of `Checkpoint` and a format version. `docs/format.md` describes it for other readers.
+fields of `Checkpoint` and a format version. `docs/training.md` describes it for other readers.
 """
 
 from __future__ import annotations
@@ -153,7 +153,11 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
 def default_checkpoint_path() -> Path:
     """Return the checkpoint that comes with the package: 48 bits, Fashion-MNIST."""
     return Path(
-        str(resources.files("encoder_service") / "checkpoints" / "fashion-mnist-48.safetensors")
+        str(
+            resources.files("encoder_service")
+            / "checkpoints"
+            / "fashion-mnist-mobilenet_v3_small-48.safetensors"
+        )
     )
 
 

@@ -174,7 +174,9 @@ class ServiceProcess:
         else:
             how = f"exit status {code}"
         self._readers[1].join(timeout=1.0)
-        return f"{how}; its last words: {self._last_line}" if self._last_line else how
+        # The servers log why they cannot start behind these words; else all of the line counts.
+        last_words = self._last_line.rpartition("cannot start: ")[2]
+        return f"{how}; its last words: {last_words}" if last_words else how
 
     def _read_output(self, stream: IO[str]) -> None:
         """Find the line that says where it listens; pass everything else on."""

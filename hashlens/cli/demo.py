@@ -6,11 +6,10 @@ import json
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 import numpy as np
@@ -18,10 +17,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from hashlens.cli.demo_data import load_demo_images
 from hashlens.cli.extras import require
 from hashlens.cli.ingest import encode_patiently, pipelined
 from hashlens.cli.processes import Services, ServicesConfig, interruptible, running
-from hashlens.cli.progress import step
+from hashlens.cli.progress import Advance, step
 from hashlens.cli.report import (
     SHOWN_ANSWERS,
     STAGES,
@@ -36,9 +36,6 @@ from hashlens.client import Client
 from hashlens.errors import HashlensError
 from hashlens.evaluation import precision_at
 from hashlens.types import CollectionSpec, Item, SearchOptions, SearchResult
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 COLLECTION = "demo"
 ENLARGE = 4
@@ -97,9 +94,6 @@ def demo(out: Path, n_images: int | None, n_queries: int) -> None:
     behind but the report.
     """
     require("encoder", "search", purpose="hashlens demo")
-    # Reads the bundled images with Pillow, which `require` has just made sure of.
-    from hashlens.cli.demo_data import load_demo_images
-
     begun = time.monotonic()
     data = Dataset(*load_demo_images())
     query_rows, stored_rows = split(data.labels, n_queries, n_images)
@@ -168,18 +162,24 @@ def split(
 def _services(log: Console) -> Iterator[Services]:
     """Start both services on data that are gone afterwards; show their logs if anything fails."""
     lines: deque[str] = deque(maxlen=KEPT_LOG_LINES)
+    # Killed in a hurry, the search service leaves a store that takes a moment to end.
+    temporary = tempfile.TemporaryDirectory(prefix="hashlens-demo-", ignore_cleanup_errors=True)
+    stopped: Advance = lambda n: None  # noqa: E731 - rebound when stopping is a step to show
     try:
-        with tempfile.TemporaryDirectory(prefix="hashlens-demo-") as folder, ExitStack() as stack:
-            config = ServicesConfig(data=Path(folder), isolated=True)
-            with step(log, "Starting both services", 2) as advance:
+        with temporary as folder, ExitStack() as stack:
+            config = ServicesConfig(data=Path(folder, "data"), isolated=True)
+            with step(log, "Starting both services", 2) as started:
                 services = stack.enter_context(
                     running(
                         config,
                         on_line=lambda name, line: lines.append(f"{name:<7} | {line}"),
-                        on_serving=lambda name: advance(1),
+                        on_serving=lambda name: started(1),
+                        on_stopped=lambda name: stopped(1),
                     )
                 )
             yield services
+            with step(log, "Stopping both services", 2) as stopped:
+                stack.close()
     except HashlensError:
         for line in lines:
             log.print(printable(line), soft_wrap=True)

@@ -68,7 +68,8 @@ class ServicesConfig:
     """None: an embedded store in `data`."""
     device: str = "auto"
     isolated: bool = False
-    """Do not let ``HASHLENS_*`` of the environment reach the services."""
+    """Let no ``HASHLENS_*`` of the environment reach the services, and nothing that they or their
+    libraries write to a temporary directory leave the one that `data` is in."""
 
 
 class Services:
@@ -110,6 +111,7 @@ def running(
     *,
     on_line: LogSink,
     on_serving: Callable[[str], None] = lambda name: None,
+    on_stopped: Callable[[str], None] = lambda name: None,
 ) -> Iterator[Services]:
     """Start both services, and stop them when the block ends, however it ends.
 
@@ -122,8 +124,8 @@ def running(
         What to start.
     on_line
         Gets each line that a service logs.
-    on_serving
-        Called with a service's name when it serves.
+    on_serving, on_stopped
+        Called with a service's name when it serves, and when it has stopped.
 
     Raises
     ------
@@ -131,11 +133,16 @@ def running(
         A service did not start; the other one is stopped.
     """
     started: list[ServiceProcess] = []
-    environment = {
+    # Two thread pools share the cores: threads that spin while they wait keep the other service's
+    # from working. Measured on two busy cores: a coarse stage of 14 ms became 0.4 ms.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"}
+    environment |= {
         name: value
         for name, value in os.environ.items()
         if not (config.isolated and name.startswith("HASHLENS_"))
     }
+    if config.isolated:
+        environment["TMPDIR"] = str(config.data.parent)
 
     def start(name: str, module: str, arguments: list[str]) -> ServiceProcess:
         # A Ctrl-C between start and append would leave a process that nobody stops.
@@ -165,6 +172,7 @@ def running(
             for process in reversed(started):
                 process.terminate()
                 process.finish(hurry)
+                on_stopped(process.name)
 
 
 def _encoder_arguments(config: ServicesConfig, listen: str) -> list[str]:

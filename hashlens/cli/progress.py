@@ -51,8 +51,8 @@ def _bar(console: Console, description: str, total: int, unit: str) -> Iterator[
     # Together at most 80 columns wide.
     columns = [
         SpinnerColumn(finished_text="[green]✓"),
-        TextColumn("{task.description:<20}"),
-        BarColumn(bar_width=16),
+        TextColumn("{task.description:<22}"),
+        BarColumn(bar_width=14),
         TextColumn("{task.completed:,.0f} / {task.total:,.0f}"),
     ]
     if unit:

@@ -12,6 +12,7 @@ import redis
 
 from hashlens import codes
 from hashlens.errors import (
+    DeadlineError,
     NotFoundError,
     PreconditionError,
 )
@@ -204,6 +205,8 @@ class Catalog:
             Redis has another epoch of the collection, or none.
         NotFoundError
             The collection is being dropped.
+        DeadlineError
+            Only a part is written.
         """
         return self._write(scripts.PUT, meta, items, request_id, deadline_s)
 
@@ -248,6 +251,11 @@ class Catalog:
         code_bytes = codes.n_bytes(meta.spec.n_bits)
         seq, count = 0, 0
         for number, chunk in enumerate(_chunks(items)):
+            if number and time.monotonic() > give_up:
+                raise DeadlineError(
+                    f"The time was over after {count} of {len(items)} items. To write the rest, "
+                    "repeat the call with the same request id and more time, or send fewer at once."
+                )
             buckets, body = _body(keys, chunk, meta.n_buckets)
             request = keys.request(meta.epoch, f"{request_id}:{number}")
             reply = self._script(

@@ -70,6 +70,8 @@ class Collection:
         self._replica_id = replica_id
         self._budget_entries = max(log_budget_bytes // layout.record_bytes(local.spec), 1)
         self._durability = durability
+        self._code_bytes = codes.n_bytes(local.spec.n_bits)
+        self._feature_bytes = layout.feature_bytes(local.spec)
         self._checkpoint_trouble = ""
         self._meta = Meta(local.spec, local.epoch, local.n_buckets, local.seq, False)
         self._checkpointed_at = time.monotonic()
@@ -147,6 +149,8 @@ class Collection:
             Redis and this replica do not hold the same collection.
         UnavailableError
             Redis is away. Repeating the call with the same request id is safe.
+        DeadlineError
+            Only a part is written; repeating the call with the same request id writes the rest.
         LimitError
             Redis or the local disk is full.
         """
@@ -199,6 +203,8 @@ class Collection:
             self._checkpoint_trouble = f"No checkpoint: {error}"
             raise
         self._checkpoint_trouble = ""
+        if self._follower.trouble is not None:
+            return seq
         try:
             self._catalog.trim(
                 self._meta, self._replica_id, seq, self._budget_entries, deadline_s=_TRIM_S
@@ -255,15 +261,14 @@ class Collection:
         The log is applied by every replica for ever, so what does not fit must not get in.
         """
         item_id = _id_bytes(item.id, f"{field}.id")
-        feature_bytes = layout.feature_bytes(self.spec)
-        if len(item.code) != codes.n_bytes(self.spec.n_bits):
+        if len(item.code) != self._code_bytes:
             raise InvalidInputError(
-                f"A code of this collection has {codes.n_bytes(self.spec.n_bits)} bytes.",
+                f"A code of this collection has {self._code_bytes} bytes.",
                 field=f"{field}.embedding.code",
             )
-        if len(item.feature) != feature_bytes:
+        if len(item.feature) != self._feature_bytes:
             raise InvalidInputError(
-                f"A feature of this collection has {feature_bytes} bytes.",
+                f"A feature of this collection has {self._feature_bytes} bytes.",
                 field=f"{field}.embedding.feature",
             )
         if len(item.payload) > MAX_PAYLOAD_BYTES:

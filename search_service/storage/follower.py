@@ -35,7 +35,7 @@ BATCH_BYTES: Final = 8 << 20
 BLOCK_S: Final = 0.5
 """How long a read waits for a write; also how long it may take to notice an emptied Redis."""
 
-_MAX_COUNT = 4096
+_MAX_COUNT = 1024
 _FIRST_PAUSE_S = 0.05
 _MAX_PAUSE_S = 2.0
 
@@ -57,8 +57,9 @@ class Follower:
         Under which the log is kept for this replica.
     timeout_s
         The longest wait for a reply of Redis.
-    on_foreign
-        Called when Redis turns out to have another collection of the name, or none.
+    on_change
+        Called when following begins, and when Redis turns out to have another collection of the
+        name, or none.
     """
 
     def __init__(
@@ -68,13 +69,13 @@ class Follower:
         replica_id: str,
         *,
         timeout_s: float,
-        on_foreign: Callable[[], None],
+        on_change: Callable[[], None],
     ) -> None:
         self._local = local
         self._url = url
         self._replica_id = replica_id
         self._timeout_s = timeout_s
-        self._on_foreign = on_foreign
+        self._on_change = on_change
         self._feature_bytes = layout.feature_bytes(local.spec)
         self._code_bytes = codes.n_bytes(local.spec.n_bits)
         self._mean_bytes = float(layout.record_bytes(local.spec))
@@ -163,7 +164,8 @@ class Follower:
             self._give_up(f"the log begins at version {position.first}, which is too late")
         if self._trouble is not None:
             logger.info("following the log of %s from version %d", local.spec.name, local.seq)
-        self._trouble = None
+            self._trouble = None
+            self._on_change()
         self._settled.set()
 
     def _step(self, reader: LogReader) -> None:
@@ -210,7 +212,7 @@ class Follower:
                 exc_info=None if expected else error,
             )
         if self.is_foreign:
-            self._on_foreign()
+            self._on_change()
 
 
 def _explain(error: Exception) -> HashlensError:

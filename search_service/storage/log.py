@@ -102,6 +102,7 @@ class LogReader:
     def close(self) -> None:
         """Close the connections."""
         with self._wake_lock:
+            self._client_id = None
             self._client.close()
             self._waker.close()
 

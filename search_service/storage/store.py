@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,19 +18,19 @@ from hashlens.errors import (
     DeadlineError,
     HashlensError,
     InvalidInputError,
+    LimitError,
     NotFoundError,
     PreconditionError,
     UnavailableError,
 )
 from hashlens.types import CollectionInfo, CollectionSpec
-from search_service.storage import layout
+from search_service.storage import data_dir, layout
 from search_service.storage.catalog import Catalog
 from search_service.storage.collection import Collection
 from search_service.storage.embedded import EmbeddedRedis
 from search_service.storage.follower import Follower
 from search_service.storage.keys import Meta, foreign
 from search_service.storage.local import LocalCollection, clean, quarantine
-from search_service.storage.manifest import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +76,7 @@ class Store:
         self._redis_url = redis_url
         self._resources = contextlib.ExitStack()
         self._directory = config.data_dir / "collections"
-        self._replica_id = _replica_id(config.data_dir / "replica_id")
+        self._replica_id = data_dir.replica_id(config.data_dir)
         self._catalog = Catalog(redis_url, config.redis_timeout_s)
         self._collections: dict[str, Collection] = {}
         self._admin = threading.Lock()
@@ -110,7 +108,7 @@ class Store:
         """
         config.data_dir.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as resources:
-            resources.callback(os.close, _lock(config.data_dir / "LOCK"))
+            resources.callback(os.close, data_dir.lock(config.data_dir))
             url = config.redis_url
             if url is None:
                 url = resources.enter_context(EmbeddedRedis(config.data_dir / "redis")).url
@@ -135,7 +133,7 @@ class Store:
             This replica has a collection of the name that Redis does not know.
         UnavailableError
             Redis is away.
-        OSError
+        LimitError
             The local disk is full or broken.
         """
         if not layout.is_safe_name(spec.name):
@@ -252,7 +250,7 @@ class Store:
             self._redis_url,
             self._replica_id,
             timeout_s=self._config.redis_timeout_s,
-            on_foreign=self._look.set,
+            on_change=self._look.set,
         )
         collection = Collection(
             local,
@@ -272,13 +270,16 @@ class Store:
         found = self._collections.get(name)
         if found is not None:
             return found
-        local = LocalCollection.create(
-            self._directory / name,
-            meta.spec,
-            epoch=meta.epoch,
-            n_buckets=meta.n_buckets,
-            segment_bytes=self._config.segment_bytes,
-        )
+        try:
+            local = LocalCollection.create(
+                self._directory / name,
+                meta.spec,
+                epoch=meta.epoch,
+                n_buckets=meta.n_buckets,
+                segment_bytes=self._config.segment_bytes,
+            )
+        except OSError as error:
+            raise LimitError(f"The files of {name} cannot be made ({error}).") from error
         return self._serve(local)
 
     def _remove(self, collection: Collection) -> None:
@@ -335,6 +336,7 @@ class Store:
             if meta is not None and not meta.is_dropping:
                 with self._administering(give_up - time.monotonic()):
                     self._adopt(meta)
+
     def _finish_drops(self, names: set[str], give_up: float) -> None:
         """Complete what a killed process began; to help one that was not does no harm."""
         for name in sorted(names):
@@ -349,7 +351,7 @@ class Store:
             try:
                 self._synchronize(self._config.redis_timeout_s)
                 trouble = ""
-            except (HashlensError, OSError) as error:
+            except HashlensError as error:
                 if str(error) != trouble:
                     logger.warning("cannot look for collections: %s", error)
                 trouble = str(error)
@@ -382,29 +384,3 @@ class Store:
             yield
         finally:
             self._admin.release()
-
-
-def _lock(path: Path) -> int:
-    """Take the data directory for this process; return the descriptor that holds it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
-        os.close(descriptor)
-        raise PreconditionError(
-            f"{path.parent} is in use by another process ({owner}). Stop it, or choose another "
-            "data directory."
-        ) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-    return descriptor
-
-
-def _replica_id(path: Path) -> str:
-    """Return this data directory's own id, making one where there is none."""
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        return str(uuid.UUID(path.read_text("utf-8").strip()))
-    replica_id = str(uuid.uuid4())
-    replace_file(path, f"{replica_id}\n".encode())
-    return replica_id

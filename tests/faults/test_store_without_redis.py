@@ -138,7 +138,7 @@ def test_a_store_opens_without_redis_and_connects_later(
         assert type(refused(collection)) is UnavailableError
         server.start()
         assert_writes_again(collection, model)
-        assert collection.info().durability == "always"
+        wait_until(lambda: collection.info().durability == "always", "the level is known")
 
 
 def test_an_emptied_redis_stops_writing_and_wipes_nothing(

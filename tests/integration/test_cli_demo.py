@@ -78,8 +78,9 @@ def test_twice(tmp_path: Path) -> None:
         assert summaries[0][key] == summaries[1][key]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["Starting", "Searching"])
+@pytest.mark.parametrize(
+    ("moment", "number"), [("Starting", signal.SIGTERM), ("Searching", signal.SIGINT)]
+)
 def test_interrupted_it_cleans_up(tmp_path: Path, moment: str, number: signal.Signals) -> None:
     with start(tmp_path) as process:
         assert process.stderr is not None

@@ -13,7 +13,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import pytest
+from click.testing import CliRunner
 
+from hashlens.cli.main import main
 from tests.support.services import START_S, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -92,14 +94,9 @@ class Up:
 
     def run(self, *arguments: str) -> Any:
         """Run a command against it and return the JSON that it prints."""
-        done = subprocess.run(
-            [*HASHLENS, *arguments, *self.flags, "--json"],
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        result = CliRunner().invoke(main, [*arguments, *self.flags, "--json"])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
 
 
 @pytest.fixture(scope="module")

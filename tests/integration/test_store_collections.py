@@ -145,7 +145,8 @@ def test_replicas_follow_each_other(config: StoreConfig, tmp_path: Path) -> None
                 assert contents(collection.wait_for(model.version, DEADLINE_S)) == model.items
         one.drop(spec.name)
         wait_until(lambda: two.find(spec.name) is None, "the other removes it")
-        assert not (tmp_path / "two" / "collections" / spec.name).exists()
+        files = tmp_path / "two" / "collections" / spec.name
+        wait_until(lambda: not files.exists(), "its files are gone")
         again = one.create(spec)
         wait_until(lambda: two.find(spec.name) is not None, "the other finds the new one")
         assert two.get(spec.name).epoch == again.epoch

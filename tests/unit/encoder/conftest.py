@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gzip
+import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,17 +15,16 @@ from encoder_service.model.network import HashNet
 from encoder_service.preprocess import Preprocessing
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
     """On a busy machine, threads that wait for each other slow these small models down a lot."""
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_checkpoint(n_bits: int = 20, crop: int = 32, seed: int = 0) -> Checkpoint:
     """Make a model with random weights whose bits differ from image to image."""
+    # Sums over a batch round by the number of threads; one model is to be one model everywhere.
+    torch.set_num_threads(1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = HashNet("mobilenet_v3_small", n_bits, 3, "batch")
@@ -56,3 +57,22 @@ def checkpoint_file(tmp_path: Path, checkpoint: Checkpoint) -> Path:
     path = tmp_path / "model.safetensors"
     save_checkpoint(checkpoint, path)
     return path
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """Write an IDX file, gzipped if the name says so."""
+    data = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+def write_small_fashion_mnist(folder: Path, n_train: int = 200, n_test: int = 60) -> None:
+    """Write files like Fashion-MNIST's, with ten classes that are easy to tell apart."""
+    rng = np.random.default_rng(0)
+    for prefix, n in (("train", n_train), ("t10k", n_test)):
+        labels = np.arange(n, dtype=np.uint8) % 10
+        images = rng.integers(0, 60, (n, 28, 28), dtype=np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            top, left = divmod(int(label), 4)
+            image[top * 9 : top * 9 + 9, left * 7 : left * 7 + 7] = 230
+        write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", images)
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", labels)

@@ -406,11 +406,10 @@ def test_mutated_bytes_succeed_or_are_refused(
         data[at : at + len(patch)] = patch
     try:
         image = decode(bytes(data[: max(1, int(keep * len(data)))]), DecodeLimits(10**6, 10**6))
-    except InvalidInputError as error:
-        assert error.message
-    else:
-        assert image.mode == "RGB"
-        assert image.width * image.height <= 10**6
+    except InvalidInputError:
+        return
+    assert image.mode == "RGB"
+    assert image.width * image.height <= 10**6
 
 
 @settings(max_examples=100, deadline=None)

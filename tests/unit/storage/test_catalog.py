@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import redis
 
-from hashlens.errors import InvalidInputError, NotFoundError, PreconditionError
+from hashlens.errors import DeadlineError, InvalidInputError, NotFoundError, PreconditionError
 from hashlens.types import CollectionSpec, FeatureDtype
 from search_service.storage import Record, catalog, layout, scripts
 from search_service.storage.catalog import Catalog, Raw
@@ -305,6 +306,42 @@ def test_a_slow_drop_does_not_touch_the_next_collection(
     assert_in_redis(client, spec.name, model)
     assert spec.name in truth.names(S)
     assert truth.meta(spec.name, S) == Meta(spec, new.epoch, new.n_buckets, 50, False)
+
+
+def test_a_slow_drop_does_not_touch_what_was_restored(
+    truth: Catalog, client: redis.Redis, new_name: Names
+) -> None:
+    spec = spec_of(new_name())
+    meta, model = truth.create(spec, S), Model()
+    records = make_records(spec, 50)
+    truth.put(meta, raws(records), request_id="r", deadline_s=S)
+    model.upsert(records)
+    # A drop had begun; then a person brought back a Redis from before.
+    truth.finish_drop(meta, S)
+    assert_in_redis(client, spec.name, model)
+    assert spec.name in truth.names(S)
+
+
+def test_a_write_that_runs_out_of_time_can_be_completed(
+    truth: Catalog, client: redis.Redis, new_name: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog, "CHUNK_ITEMS", 4)
+    meta, model = truth.create(spec_of(new_name()), S), Model()
+    records = make_records(meta.spec, 10)
+    run, clock = truth._script, [0.0]
+
+    def slow(*arguments: object) -> object:
+        clock[0] += 6.0
+        return run(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(catalog, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+        patch.setattr(truth, "_script", slow)
+        with pytest.raises(DeadlineError, match="after 8 of 10 items"):
+            truth.put(meta, raws(records), request_id="r", deadline_s=10.0)
+    assert truth.put(meta, raws(records), request_id="r", deadline_s=S) == (10, 10)
+    model.upsert(records)
+    assert_in_redis(client, meta.spec.name, model)
 
 
 def test_an_old_request_id_means_nothing_to_a_new_collection(

@@ -1,0 +1,1 @@
+"""Learning the codes: data sets, the training loop, what it is measured by."""

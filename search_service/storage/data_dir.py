@@ -1,0 +1,45 @@
+"""The directory of one replica: one process at a time, under an id of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import uuid
+from pathlib import Path
+
+from hashlens.errors import PreconditionError
+from search_service.storage.manifest import replace_file
+
+
+def lock(directory: Path) -> int:
+    """Take a data directory for this process; return the descriptor that holds it.
+
+    Raises
+    ------
+    PreconditionError
+        Another process has it.
+    """
+    descriptor = os.open(directory / "LOCK", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+        os.close(descriptor)
+        raise PreconditionError(
+            f"{directory} is in use by another process ({owner}). Stop it, or choose another data "
+            "directory."
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return descriptor
+
+
+def replica_id(directory: Path) -> str:
+    """Return a data directory's own id, a UUID, making one where there is none."""
+    path = directory / "replica_id"
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return str(uuid.UUID(path.read_text("utf-8").strip()))
+    made = str(uuid.uuid4())
+    replace_file(path, f"{made}\n".encode())
+    return made

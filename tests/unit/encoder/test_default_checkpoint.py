@@ -1,0 +1,82 @@
+"""The bundled model, by the demo's protocol: image bytes in, nearest garments out."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+
+from encoder_service.decode import DecodeLimits, decode
+from encoder_service.encoder import Encoder
+from encoder_service.model.checkpoint import default_checkpoint_path, load_checkpoint
+from encoder_service.training.datasets import FASHION_MNIST_CLASSES, enlarge
+from encoder_service.training.measure import Encodings, two_stage_order
+from hashlens import codes
+from hashlens.cli.demo_data import load_demo_images
+
+N_QUERIES = 200
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return Encoder(load_checkpoint(default_checkpoint_path()), "cpu", n_threads=1)
+
+
+def test_what_it_is(encoder: Encoder) -> None:
+    path = default_checkpoint_path()
+    assert path.stat().st_size <= 8_000_000
+    assert encoder.n_bits == 48
+    assert encoder.dim == 1024
+    assert encoder.classes == FASHION_MNIST_CLASSES
+    assert "Zalando SE, MIT" in encoder.data_licence
+    assert "Zalando SE" in path.with_name("README.md").read_text()
+    assert encoder.metrics["test_accuracy"] > 0.9
+    assert encoder.metrics["two_stage_precision_at_10"] > 0.85
+
+
+def encode_files(encoder: Encoder, images: np.ndarray, labels: np.ndarray, kind: str) -> Encodings:
+    tensors = []
+    for image in images:
+        buffer = io.BytesIO()
+        enlarge(image).save(buffer, kind)
+        tensors.append(encoder.preprocessing(decode(buffer.getvalue(), DecodeLimits())))
+    encoded = encoder.encode(np.stack(tensors))
+    return Encodings(codes.as_words(encoded.codes), encoded.features, labels.astype(np.int64))
+
+
+@pytest.fixture(scope="module")
+def stored(encoder: Encoder) -> Encodings:
+    """A third of the database keeps this fast; fewer right answers make the task no easier."""
+    return encode_files(encoder, *sample(N_QUERIES, N_QUERIES + 1500), "PNG")
+
+
+def sample(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    images, labels, _ = load_demo_images()
+    rows = np.random.default_rng(0).permutation(len(images))[start:stop]
+    return images[rows], labels[rows]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_finds_the_same_kind_of_garment(encoder: Encoder, stored: Encodings, kind: str) -> None:
+    asked = encode_files(encoder, *sample(0, N_QUERIES), kind)
+    right = [
+        (stored.labels[two_stage_order(stored, asked, query)[:10]] == asked.labels[query]).mean()
+        for query in range(N_QUERIES)
+    ]
+    assert np.mean(right) >= 0.85
+
+
+def test_its_bits_are_all_used(stored: Encodings) -> None:
+    bits = codes.unpack(codes.from_words(stored.words, 48), 48)
+    share = bits.mean(axis=0)
+    assert ((share > 0.02) & (share < 0.98)).all()
+
+
+def test_batches_do_not_change_the_codes(encoder: Encoder) -> None:
+    images, labels, _ = load_demo_images()
+    together = encode_files(encoder, images[:50], labels[:50], "PNG")
+    for row in range(0, 50, 7):
+        alone = encode_files(encoder, images[row : row + 1], labels[row : row + 1], "PNG")
+        np.testing.assert_array_equal(alone.features[0], together.features[row])
+        np.testing.assert_array_equal(alone.words[:, 0], together.words[:, row])
