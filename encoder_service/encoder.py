@@ -8,7 +8,6 @@ encoded = encoder.encode(encoder.preprocessing(image)[np.newaxis])
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -21,6 +20,7 @@ from torch import Tensor
 from encoder_service.model.checkpoint import Checkpoint
 from encoder_service.preprocess import Preprocessing
 from hashlens import codes
+from hashlens.cpus import usable_cpus
 from hashlens.errors import InvalidInputError, LimitError
 
 Autocast = Literal["off", "bfloat16", "float16"]
@@ -87,7 +87,7 @@ class Encoder:
         self._checkpoint = checkpoint
         self._device = resolve_device(device)
         self._tile = _tile(checkpoint.preprocessing.crop, self._device)
-        self._n_threads = n_threads or (1 if self._tile > 1 else _available_cpus())
+        self._n_threads = n_threads or (1 if self._tile > 1 else usable_cpus())
         self._network = checkpoint.network.to(self._device)
         self._network.to(memory_format=torch.channels_last)
         self._autocast = _AUTOCAST_DTYPES.get(autocast)
@@ -294,9 +294,3 @@ def _tile(side: int, device: torch.device) -> int:
     if device.type == "cuda":
         return 32
     return max(1, min(8, 8 * 48 * 48 // (side * side)))
-
-
-def _available_cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -22,7 +22,7 @@ from numba.np.ufunc.parallel import threading_layer
 
 from hashlens.errors import CancelledError, DeadlineError, OverloadedError, UnavailableError
 from search_service.cancel import Cancel
-from search_service.cpus import usable_cpus
+from hashlens.cpus import usable_cpus
 
 T = TypeVar("T")
 

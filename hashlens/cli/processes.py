@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +68,8 @@ class ServicesConfig:
     """None: an embedded store in `data`."""
     device: str = "auto"
     isolated: bool = False
-    """Let no ``HASHLENS_*`` of the environment reach the services, and nothing that they or their
-    libraries write to a temporary directory leave the one that `data` is in."""
+    """Let no ``HASHLENS_*`` of the environment reach the services, and have the encoder's libraries
+    put what they call temporary beside `data`."""
 
 
 class Services:
@@ -141,10 +141,12 @@ def running(
         for name, value in os.environ.items()
         if not (config.isolated and name.startswith("HASHLENS_"))
     }
-    if config.isolated:
-        environment["TMPDIR"] = str(config.data.parent)
+    # torch leaves a directory there. The search service may need a short path for its socket.
+    temporary = {"TMPDIR": str(config.data.parent)} if config.isolated else {}
 
-    def start(name: str, module: str, arguments: list[str]) -> ServiceProcess:
+    def start(
+        name: str, module: str, arguments: list[str], environment: Mapping[str, str]
+    ) -> ServiceProcess:
         # A Ctrl-C between start and append would leave a process that nobody stops.
         with _caught() as caught:
             started.append(ServiceProcess(name, module, arguments, environment, on_line))
@@ -159,13 +161,17 @@ def running(
                 # Knowing the encoder's port beforehand lets both start at once.
                 host = listen.rpartition(":")[0]
                 listen = f"{host}:{until_served.enter_context(_reserved_port(host))}"
-            encoder = start("encoder", "encoder_service", _encoder_arguments(config, listen))
+            arguments = _encoder_arguments(config, listen)
+            encoder = start("encoder", "encoder_service", arguments, environment | temporary)
+            pending = [encoder]
             if listen.endswith(":0"):
-                _wait_until_serving([encoder], on_serving)
+                _wait_until_serving(pending, on_serving)
                 assert encoder.address is not None
                 listen = encoder.address
-            search = start("search", "search_service", _search_arguments(config, listen))
-            _wait_until_serving([p for p in started if p.address is None], on_serving)
+                pending = []
+            arguments = _search_arguments(config, listen)
+            search = start("search", "search_service", arguments, environment)
+            _wait_until_serving([*pending, search], on_serving)
         yield Services(encoder, search)
     finally:
         with _caught() as hurry:

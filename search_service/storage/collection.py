@@ -92,10 +92,7 @@ class Collection:
         return self._follower.is_foreign
 
     def snapshot(self) -> Snapshot:
-        """Return the newest version; cheap, takes no lock, needs no Redis.
-
-        Its `ids` also has ``payloads_of(rows)``: int64, shape ``[n]``, to a list of bytes.
-        """
+        """Return the newest version; cheap, takes no lock, needs no Redis."""
         return self._local.snapshot
 
     def wait_for(self, version: int, deadline_s: float) -> Snapshot:

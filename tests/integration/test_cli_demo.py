@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -84,13 +85,13 @@ def test_twice(tmp_path: Path) -> None:
 def test_interrupted_it_cleans_up(tmp_path: Path, moment: str, number: signal.Signals) -> None:
     with start(tmp_path) as process:
         assert process.stderr is not None
-        assert any(line.startswith(moment) for line in process.stderr)
+        lines = list(itertools.takewhile(lambda line: not line.startswith(moment), process.stderr))
         if moment == "Starting":
             wait_until(
                 lambda: processes_of(tmp_path / "tmp"), within_s=60, what="a service was started"
             )
         process.send_signal(number)
         _, stderr = process.communicate(timeout=90)
-    assert process.returncode == 130
+    assert process.returncode == 130, "".join(lines) + stderr
     assert "Traceback" not in stderr
     assert nothing_left(tmp_path)

@@ -78,7 +78,7 @@ def contents(snapshot: Snapshot) -> dict[str, Record]:
     ids = snapshot.ids_of(rows)
     assert len(set(ids)) == len(ids)
     assert [snapshot.row_of(item_id) for item_id in ids] == rows.tolist()
-    payloads = snapshot.ids.payloads_of(rows)
+    payloads = snapshot.payloads_of(rows)
     codes = snapshot.codes_of(rows)
     found = {}
     for row, item_id, code, payload in zip(rows.tolist(), ids, codes, payloads, strict=True):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from search_service.cpus import cgroup_quota_cpus, usable_cpus
+from hashlens.cpus import cgroup_quota_cpus, usable_cpus
 
 
 def write(root: Path, files: dict[str, str]) -> None:
