@@ -20,9 +20,9 @@ from typing import Any, Generic, TypeVar
 import numba
 from numba.np.ufunc.parallel import threading_layer
 
+from hashlens.cpus import usable_cpus
 from hashlens.errors import CancelledError, DeadlineError, OverloadedError, UnavailableError
 from search_service.cancel import Cancel
-from hashlens.cpus import usable_cpus
 
 T = TypeVar("T")
 

@@ -20,7 +20,6 @@ from hashlens.rpc.limits import check_size
 from hashlens.rpc.server import deadline_s
 from hashlens.rpc.status import status_of
 from hashlens.types import (
-    CollectionInfo,
     DeleteResult,
     Embedding,
     EncodeTimings,
@@ -46,6 +45,9 @@ logger = logging.getLogger(__name__)
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
+
+_LOOKUP_S = 2.0
+"""Longest that a listing waits for Redis; without it, it lists what is on this replica."""
 
 _ADVICE = "ask for fewer hits, or leave features out"
 
@@ -109,21 +111,23 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
             spec = convert.spec_from_proto(request.spec)
         except InvalidInputError as error:
             raise error.within("spec") from None
-        collection = await self._in_thread(self._store.create, spec)
+        left_s = deadline_s(context, self._config)
+        collection = await self._in_thread(lambda: self._store.create(spec, deadline_s=left_s))
         return spb.CreateCollectionResponse(collection=await self._info(collection))
 
     async def GetCollection(  # noqa: N802 - the contract's name
         self, request: spb.GetCollectionRequest, context: _Context
     ) -> spb.GetCollectionResponse:
         """Describe one collection."""
-        collection = await self._collection(request.name, field="name")
+        collection = await self._collection(request.name, context, field="name")
         return spb.GetCollectionResponse(collection=await self._info(collection))
 
     async def ListCollections(  # noqa: N802 - the contract's name
         self, request: spb.ListCollectionsRequest, context: _Context
     ) -> spb.ListCollectionsResponse:
         """Describe all collections."""
-        infos: list[CollectionInfo] = await self._in_thread(self._store.list)
+        left_s = deadline_s(context, self._config)
+        infos = await self._in_thread(lambda: self._store.list(deadline_s=min(left_s, _LOOKUP_S)))
         return spb.ListCollectionsResponse(
             collections=[convert.info_to_proto(info) for info in infos]
         )
@@ -133,7 +137,8 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
     ) -> spb.DropCollectionResponse:
         """Remove a collection."""
         name = convert.check_collection_name(request.name, field="name")
-        await self._in_thread(self._store.drop, name)
+        left_s = deadline_s(context, self._config)
+        await self._in_thread(lambda: self._store.drop(name, deadline_s=left_s))
         return spb.DropCollectionResponse()
 
     # -- items -----------------------------------------------------------------------------------
@@ -144,7 +149,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         """Write items; an image that cannot be read fails alone."""
         left_s = deadline_s(context, self._config)
         started_ns = time.monotonic_ns()
-        collection = await self._collection(request.collection)
+        collection = await self._collection(request.collection, context)
         request_id = _request_id(request.request_id)
         spec = collection.spec
         items = [
@@ -169,11 +174,15 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
                 else:
                     embeddings[i] = result.embedding
         records = [_record(items[i], embeddings[i]) for i in sorted(embeddings)]
+        # Another encoder may give an image's embedding other last digits: the request id of a
+        # write with images is tied to the images.
+        content = _content(request) if positions else None
         version = await self._in_thread(
             lambda: collection.upsert(
                 records,
                 request_id=request_id,
                 deadline_s=left_s - (time.monotonic_ns() - started_ns) / 1e9,
+                content=content,
             )
         )
         return spb.UpsertResponse(version=version, n_written=len(records), failures=failures)
@@ -183,7 +192,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
     ) -> spb.DeleteResponse:
         """Remove items by id."""
         left_s = deadline_s(context, self._config)
-        collection = await self._collection(request.collection)
+        collection = await self._collection(request.collection, context)
         request_id = _request_id(request.request_id)
         ids = [
             convert.check_id(item_id, field=f"ids[{i}]") for i, item_id in enumerate(request.ids)
@@ -197,7 +206,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         self, request: spb.GetItemsRequest, context: _Context
     ) -> spb.GetItemsResponse:
         """Read items back."""
-        collection = await self._collection(request.collection)
+        collection = await self._collection(request.collection, context)
         snapshot, _ = await self._snapshot(
             collection, request.min_version, deadline_s(context, self._config)
         )
@@ -228,7 +237,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         """Answer one query."""
         started_ns = time.monotonic_ns()
         left_s = deadline_s(context, self._config)
-        collection = await self._collection(request.collection)
+        collection = await self._collection(request.collection, context)
         spec = collection.spec
         options = checks.options_of(request.options, spec)
         query = checks.query_of(request.query, spec, options.rank, field="query")
@@ -259,7 +268,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
                 "send several",
                 field="queries",
             )
-        collection = await self._collection(request.collection)
+        collection = await self._collection(request.collection, context)
         options = checks.options_of(request.options, collection.spec)
         snapshot, wait_ns = await self._snapshot(collection, options.min_version, left_s)
 
@@ -293,12 +302,15 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         """Run what may wait for Redis or a disk outside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
-    async def _collection(self, name: str, *, field: str = "collection") -> Collection:
+    async def _collection(
+        self, name: str, context: _Context, *, field: str = "collection"
+    ) -> Collection:
         convert.check_collection_name(name, field=field)
         found = self._store.find(name)
         if found is not None:
             return found
-        return await self._in_thread(lambda: self._store.get(name))
+        left_s = deadline_s(context, self._config)
+        return await self._in_thread(lambda: self._store.get(name, deadline_s=left_s))
 
     async def _info(self, collection: Collection) -> spb.CollectionInfo:
         return convert.info_to_proto(await self._in_thread(collection.info))
@@ -361,6 +373,10 @@ def _request_id(given: str) -> str:
     if len(given.encode()) > 64:
         raise InvalidInputError("a request_id has at most 64 bytes", field="request_id")
     return given or uuid.uuid4().hex
+
+
+def _content(request: spb.UpsertRequest) -> bytes:
+    return b"".join(item.SerializeToString(deterministic=True) for item in request.items)
 
 
 def _record(item: Item, embedding: Embedding) -> Record:

@@ -194,8 +194,22 @@ class Catalog:
         *,
         request_id: str,
         deadline_s: float,
+        content: bytes | None = None,
     ) -> Written:
         """Write items, replacing those whose ids are there.
+
+        Parameters
+        ----------
+        meta
+            Of the collection.
+        items
+            What to write.
+        request_id
+            Names this write.
+        deadline_s
+            The longest to wait, in seconds.
+        content
+            What the request id is tied to; None: the items.
 
         Raises
         ------
@@ -208,7 +222,7 @@ class Catalog:
         DeadlineError
             Only a part is written.
         """
-        return self._write(scripts.PUT, meta, items, request_id, deadline_s)
+        return self._write(scripts.PUT, meta, items, request_id, deadline_s, content)
 
     def delete(
         self,
@@ -239,13 +253,14 @@ class Catalog:
         items: Sequence[Raw],
         request_id: str,
         deadline_s: float,
+        content: bytes | None = None,
     ) -> Written:
         """Send a write in chunks, each of them atomic and repeatable."""
         give_up = time.monotonic() + deadline_s
         keys = Keys(meta.spec.name)
         # Over all chunks, so that a request that merely begins like another is not taken for it.
-        hasher = hashlib.blake2b(digest_size=16)
-        for item in items:
+        hasher = hashlib.blake2b(content or b"", digest_size=16)
+        for item in items if content is None else ():
             hasher.update(item.record)
         digest = hasher.digest()
         code_bytes = codes.n_bytes(meta.spec.n_bits)

@@ -122,7 +122,14 @@ class Collection:
             detail=self._checkpoint_trouble if trouble is None else trouble.message,
         )
 
-    def upsert(self, items: Sequence[Record], *, request_id: str, deadline_s: float) -> int:
+    def upsert(
+        self,
+        items: Sequence[Record],
+        *,
+        request_id: str,
+        deadline_s: float,
+        content: bytes | None = None,
+    ) -> int:
         """Write items, replacing those whose ids are there; return the version that has them.
 
         Acknowledged by Redis when it returns. Items are written in their order, in chunks of a few
@@ -131,12 +138,15 @@ class Collection:
         Parameters
         ----------
         items
-            At most once each; of two with one id, the later stays.
+            Of two with one id, the later stays.
         request_id
             Names this write: repeated with the same items within ten minutes, it changes nothing
             and returns the same version. Empty: this call's own retries only.
         deadline_s
             The longest to wait, in seconds.
+        content
+            What the request id is tied to. None: the items. Pass what they were made from where
+            making them again may differ in the last digits.
 
         Raises
         ------
@@ -161,6 +171,7 @@ class Collection:
             records,
             request_id=request_id or uuid.uuid4().hex,
             deadline_s=give_up - time.monotonic(),
+            content=content,
         )
         return written.seq
 

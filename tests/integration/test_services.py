@@ -349,6 +349,17 @@ def test_a_repeated_write_changes_nothing(client: Client, embeddings: list[Embed
     assert client.collection("repeated").n_items == 5
 
 
+def test_a_repeated_write_of_images_changes_nothing(client: Client, images: list[bytes]) -> None:
+    client.create_collection("repeated-images", expected_rows=100)
+    items = [Item(id="a", image=images[0]), Item(id="b", image=images[1][:100])]
+    first = client.upsert("repeated-images", items, request_id="once")
+    again = client.upsert("repeated-images", items, request_id="once")
+    assert (again.version, again.n_written) == (first.version, first.n_written)
+    assert len(again.failures) == len(first.failures) == 1
+    with pytest.raises(InvalidInputError):
+        client.upsert("repeated-images", [Item(id="a", image=images[2])], request_id="once")
+
+
 def test_codes_only_collections_rank_by_hamming(
     client: Client, embeddings: list[Embedding]
 ) -> None:
