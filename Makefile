@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 ifeq ($(INSTALLER),uv)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv -c constraints.txt
-	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet -e '.[encoder,search,train,dev]' -c constraints.txt
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode -e '.[encoder,search,train,dev]' -c constraints.txt
 else
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[encoder,search,train,dev]' -c constraints.txt
 endif

@@ -120,6 +120,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
     ) -> spb.GetCollectionResponse:
         """Describe one collection."""
         collection = await self._collection(request.name, context, field="name")
+        await self._snapshot(collection, request.min_version, deadline_s(context, self._config))
         return spb.GetCollectionResponse(collection=await self._info(collection))
 
     async def ListCollections(  # noqa: N802 - the contract's name

@@ -148,7 +148,7 @@ class ServiceProcess:
         # The embedded store, say, of a service that crashed: SIGTERM lets it write what it has.
         # A group that has members keeps its id, so this hits nobody else.
         for number in (signal.SIGTERM, signal.SIGKILL):
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, number)
                 self._wait_for_group(5.0)
         for reader in self._readers:

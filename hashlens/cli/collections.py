@@ -61,7 +61,7 @@ def collections(search_target: str, encoder_target: str, as_json: bool) -> None:
 @targets
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def drop(name: str, search_target: str, encoder_target: str, yes: bool) -> None:
-    """Remove the collection NAME and everything in it."""
+    """Remove a collection and all in it."""
     with connected(search_target, encoder_target) as client:
         n_items = client.collection(name).n_items
         if not yes:

@@ -88,10 +88,11 @@ class Measured:
     help="Images held out and searched by.",
 )
 def demo(out: Path, n_images: int | None, n_queries: int) -> None:
-    """Index and search the bundled images through both services, and write a report.
+    """Try everything on bundled images.
 
-    Everything runs on free loopback ports with its data in a temporary directory; nothing is left
-    behind but the report.
+    Indexes and searches them through both services, prints how well and how fast, and writes a
+    report. Everything runs on free loopback ports with its data in a temporary directory; nothing
+    but the report is left behind.
     """
     require("encoder", "search", purpose="hashlens demo")
     begun = time.monotonic()

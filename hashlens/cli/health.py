@@ -23,7 +23,10 @@ def health(
     encoder_target: str,
     as_json: bool,
 ) -> None:
-    """Say whether each service serves; exit status 0 only if all do."""
+    """Say whether each service serves.
+
+    The exit status is 0 only if all do.
+    """
     with Client(search_target, encoder_target) as client:
         states = {state.target: state for state in client.health()}
     rows = [

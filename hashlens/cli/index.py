@@ -94,8 +94,6 @@ def index(
                 total.add(outcome)
                 advance(outcome.n_files)
         pruned = prune_gone(client, spec, root) if prune else 0
-        # Reading items waits until our writes are applied; asking for the collection does not.
-        client.get_items(collection, [str(root)])
         n_items = client.collection(collection).n_items
     summary = {
         "collection": collection,

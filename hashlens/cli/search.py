@@ -69,7 +69,7 @@ def search(
     search_target: str,
     encoder_target: str,
 ) -> None:
-    """Find the images of a collection that are most similar to IMAGE."""
+    """Find the images most similar to IMAGE."""
     if html is not None:
         require("encoder", purpose="--html")
     data: bytes | None = None

@@ -56,9 +56,10 @@ def up(
     redis_url: str | None,
     device: str,
 ) -> None:
-    """Run both services and the embedded store until Ctrl-C; nothing is lost.
+    """Run both services until Ctrl-C.
 
-    Their logs go to standard error. A second Ctrl-C does not wait for calls in flight.
+    The store is an embedded one unless you name another. What was acknowledged is kept. Logs go to
+    standard error. A second Ctrl-C does not wait for calls in flight.
     """
     require("encoder", "search", purpose="hashlens up")
     data.mkdir(parents=True, exist_ok=True)

@@ -177,7 +177,7 @@ class AsyncClient:
 
     async def collection(self, name: str, *, deadline_s: float | None = None) -> CollectionInfo:
         """Return a collection's state; NotFoundError if there is none."""
-        request = spb.GetCollectionRequest(name=name)
+        request = spb.GetCollectionRequest(name=name, min_version=self._wire.versions.get(name, 0))
         reply = await self._call(self._search.GetCollection, request, deadline_s)
         return convert.info_from_proto(reply.collection)
 

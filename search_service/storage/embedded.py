@@ -141,7 +141,11 @@ class EmbeddedRedis:
         try:
             self._take_directory()
             if len(os.fsencode(self._socket)) > _LONGEST_SOCKET_PATH_BYTES:
-                self._socket_directory = Path(tempfile.mkdtemp(prefix="hashlens-"))
+                folder = tempfile.gettempdir()
+                fits = len(os.fsencode(folder)) < _LONGEST_SOCKET_PATH_BYTES // 2
+                self._socket_directory = Path(
+                    tempfile.mkdtemp(prefix="hashlens-", dir=folder if fits else "/tmp")
+                )
                 self._socket = self._socket_directory / "redis.sock"
             self._keeper.start()
             self._wait_ready()

@@ -114,7 +114,7 @@ def test_the_two_commands(env: dict[str, str]) -> None:
     assert "pytest" in run(["make", "--dry-run", "test"], ROOT, env)
     began_s = time.time()
     printed = run(["make", "demo"], ROOT, env)
-    assert "precision" in printed
+    assert "Precision by label" in printed
     folder = ROOT / "build" / "demo"
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
     assert summary["precision_at_10"] >= 0.85
