@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hashlens.cli.demo_data import load_demo_images
 from PIL import Image
 
 from hashlens import Client
+from hashlens.cli.demo_data import load_demo_images
 from tests.support.services import ServiceProcess
 
 
