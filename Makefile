@@ -4,6 +4,8 @@ INSTALLER ?= uv
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PIP = $(BIN)/python -m pip install --disable-pip-version-check
+PACKAGE := -e '.[encoder,search,train,dev]' -c constraints.txt
 SOURCES := hashlens encoder_service search_service protos tests
 
 .DEFAULT_GOAL := help
@@ -19,10 +21,10 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "Hashlens needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Set PYTHON=..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 ifeq ($(INSTALLER),uv)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv -c constraints.txt
-	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode -e '.[encoder,search,train,dev]' -c constraints.txt
+	$(PIP) uv -c constraints.txt
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --compile-bytecode $(PACKAGE) || $(PIP) $(PACKAGE)
 else
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[encoder,search,train,dev]' -c constraints.txt
+	$(PIP) $(PACKAGE)
 endif
 	@touch $@
 

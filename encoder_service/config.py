@@ -33,9 +33,16 @@ class EncoderConfig(ServerConfig):
     max_queue: int = setting(512, "Most images decoded or waiting; one more is refused.")
     max_batch_items: int = setting(256, "Most images of one EncodeBatch.")
     max_image_bytes: int = setting(20 * 2**20, "Largest image, in bytes.")
-    max_image_pixels: int = setting(64_000_000, "Largest image, width times height.")
+    max_image_pixels: int = setting(50_000_000, "Largest image, width times height.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("n_threads", "max_wait_ms"):
+            if not getattr(self, name) >= 0:
+                raise InvalidInputError(f"{name} is 0 or more", field=name)
+        for name in ("max_image_bytes", "max_image_pixels"):
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"{name} is at least 1", field=name)
         for name in ("n_decode_threads", "max_batch", "max_queue", "max_batch_items"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} is at least 1", field=name)

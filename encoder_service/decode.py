@@ -24,7 +24,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from hashlens.errors import InvalidInputError
+from hashlens.errors import InvalidInputError, LimitError
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,9 @@ FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF")
 
 _MAX_JPEG_SCANS = 100
 """A progressive JPEG has about ten; each further one costs a pass over all pixels, for no bytes."""
+
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+"""A marker that begins a segment or ends the image: not a stuffed 0xff, a restart or padding."""
 
 _ORIENTATION_TAG = 0x0112
 
@@ -91,7 +94,7 @@ def decode(data: bytes, limits: DecodeLimits) -> Image.Image:
             "Send a smaller or more strongly compressed one."
         )
     name, opener = _sniff(data)
-    if name == "JPEG" and data.count(b"\xff\xda") > _MAX_JPEG_SCANS:
+    if name == "JPEG" and _jpeg_scans(data) > _MAX_JPEG_SCANS:
         raise InvalidInputError(
             f"the JPEG has more than {_MAX_JPEG_SCANS} scans. Save it again as a plain JPEG."
         )
@@ -110,8 +113,13 @@ def decode(data: bytes, limits: DecodeLimits) -> Image.Image:
         image.load()
         orientation = _orientation(image)
         upright = _to_rgb(image)
-    except (InvalidInputError, MemoryError):
+    except InvalidInputError:
         raise
+    except MemoryError:
+        raise LimitError(
+            "there is no memory left to decode this image. Send a smaller one, or give the encoder "
+            "more."
+        ) from None
     except Exception as error:  # Hostile bytes reach nearly any exception in the parsers.
         raise InvalidInputError(
             f"the {name} image is damaged or incomplete ({_first_line(error)}). "
@@ -120,6 +128,21 @@ def decode(data: bytes, limits: DecodeLimits) -> Image.Image:
     if orientation in _TRANSPOSE:
         return upright.transpose(_TRANSPOSE[orientation])
     return upright
+
+
+def _jpeg_scans(data: bytes) -> int:
+    """Count the scans of a JPEG, up to its end: phones append a film to it."""
+    scans, position = 0, 2
+    while (found := _JPEG_MARKER.search(data, position)) is not None:
+        marker = found.group()[1]
+        if marker == 0xD9:  # the end of the image
+            break
+        scans += marker == 0xDA
+        # A segment says how long it is, and what looks like a marker in it is none. After the
+        # header of a scan comes its data, in which a marker is one.
+        length = int.from_bytes(data[found.end() : found.end() + 2], "big")
+        position = found.end() + max(length, 2)
+    return scans
 
 
 def _sniff(data: bytes) -> tuple[str, Callable[[IO[bytes]], ImageFile]]:

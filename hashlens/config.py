@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 import click
 
+from hashlens.errors import InvalidInputError
+
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -54,7 +56,11 @@ def options(cls: type[T], section: str) -> Callable[[F], F]:
         @functools.wraps(function)
         def command(**values: Any) -> Any:
             chosen = {field.name: values.pop(field.name) for field in fields}
-            return function(config=cls(**chosen), **values)
+            try:
+                config = cls(**chosen)
+            except InvalidInputError as error:
+                raise click.UsageError(error.message) from None
+            return function(config=config, **values)
 
         for field in reversed(fields):
             kind, optional = _parameter_type(hints[field.name])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from hashlens import convert
+from hashlens import codes, convert
 from hashlens.errors import InvalidInputError, PreconditionError
+from hashlens.rpc.limits import check_size
 from hashlens.types import CollectionSpec, Embedding, Item, Query, Rank, SearchOptions
 from hashlens.v1 import search_service_pb2 as spb
+from search_service.snapshot import Snapshot
 
 
 def check_embedding(
@@ -63,6 +65,35 @@ def check_embedding(
             f"{spec.feature_dtype.value}: ask the encoder for that format",
             field=f"{field}.feature.dtype",
         )
+
+
+def check_reply_fits(
+    n_hits: int,
+    snapshot: Snapshot,
+    *,
+    with_code: bool,
+    with_feature: bool,
+    max_message_bytes: int,
+) -> None:
+    """Raise InvalidInputError, before any work, for a reply that will surely be too large.
+
+    Parameters
+    ----------
+    n_hits
+        How many items the reply will have.
+    snapshot
+        Says how large each is.
+    with_code, with_feature
+        What each carries.
+    max_message_bytes
+        The limit.
+    """
+    hit_bytes = 16  # An id and a distance take about that.
+    if with_code:
+        hit_bytes += codes.n_bytes(snapshot.n_bits)
+    if with_feature:
+        hit_bytes += snapshot.dim * snapshot.feature_dtype.n_bytes
+    check_size(n_hits * hit_bytes, max_message_bytes, "ask for fewer, or leave features out")
 
 
 def item_of(message: spb.Item, spec: CollectionSpec, *, field: str) -> Item:

@@ -29,6 +29,9 @@ class SearchConfig(ServerConfig):
     checkpoint_interval_s: float = setting(30.0, "Longest between checkpoints, in seconds.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_threads < 0:
+            raise InvalidInputError("n_threads is 0 or more", field="n_threads")
         for name in ("max_queue", "max_batch_queries", "n_store_threads"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} is at least 1", field=name)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Self
 
 from hashlens.client import AsyncClient, ClientConfig
 from hashlens.errors import (
+    DeadlineError,
     HashlensError,
     InternalError,
     InvalidInputError,
@@ -15,6 +17,9 @@ from hashlens.errors import (
 )
 from hashlens.types import CollectionSpec, Encoded
 from search_service import checks
+
+_CHUNK_IMAGES = 64
+"""Images of one EncodeBatch: two of the encoder's default batches, well within its limits."""
 
 
 class ImageEncoder:
@@ -38,7 +43,9 @@ class ImageEncoder:
             self._client = AsyncClient(
                 search=self._target,
                 encoder=self._target,
-                config=ClientConfig(max_message_bytes=self._max_message_bytes),
+                config=ClientConfig(
+                    max_message_bytes=self._max_message_bytes, chunk_items=_CHUNK_IMAGES
+                ),
             )
         return self
 
@@ -90,9 +97,12 @@ class ImageEncoder:
         """Return an embedding, or the error in its place, for each image; see `encode`."""
         client = self._connected(fields[0])
         try:
-            results = await client.encode_batch(
-                images, feature_dtype=spec.feature_dtype, deadline_s=deadline_s
-            )
+            async with asyncio.timeout(deadline_s):
+                results = await client.encode_batch(
+                    images, feature_dtype=spec.feature_dtype, deadline_s=deadline_s
+                )
+        except TimeoutError:
+            raise DeadlineError("encoding the images has not ended in time") from None
         except HashlensError as error:
             raise self._explained(error, fields[0]) from None
         if len(results) != len(images):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
@@ -15,22 +15,26 @@ from typing import Any, TypeVar
 import grpc
 
 from hashlens import convert
-from hashlens.errors import HashlensError, InvalidInputError
+from hashlens.errors import (
+    DataLossError,
+    DeadlineError,
+    HashlensError,
+    InvalidInputError,
+    UnavailableError,
+)
 from hashlens.rpc.limits import check_size
 from hashlens.rpc.server import deadline_s
 from hashlens.rpc.status import status_of
 from hashlens.types import (
-    DeleteResult,
-    Embedding,
     EncodeTimings,
-    Item,
     Query,
     SearchOptions,
     SearchResult,
 )
 from hashlens.v1 import search_service_pb2 as spb
 from hashlens.v1 import search_service_pb2_grpc as spb_grpc
-from search_service import checks
+from search_service import checks, writes
+from search_service.cancel import Cancel
 from search_service.config import SearchConfig
 from search_service.engine import Engine, embedding_of
 from search_service.executor import Executor
@@ -38,7 +42,6 @@ from search_service.images import ImageEncoder
 from search_service.items import items_of
 from search_service.snapshot import Snapshot
 from search_service.storage.collection import Collection
-from search_service.storage.records import Record
 from search_service.storage.store import Store, StoreConfig
 
 logger = logging.getLogger(__name__)
@@ -48,6 +51,9 @@ T = TypeVar("T")
 
 _LOOKUP_S = 2.0
 """Longest that a listing waits for Redis; without it, it lists what is on this replica."""
+
+_HITS_AT_ONCE = 1000
+"""Hits that are converted in the event loop, a few milliseconds; more go to a thread."""
 
 _ADVICE = "ask for fewer hits, or leave features out"
 
@@ -68,6 +74,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         self._stack = AsyncExitStack()
         self._threads = ThreadPoolExecutor(config.n_store_threads, thread_name_prefix="store")
         self._engine = Engine()
+        self._opening: asyncio.Future[Store] | None = None
         self._store: Store
         self._executor: Executor
         self._images: ImageEncoder
@@ -79,7 +86,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
     async def warm_up(self) -> None:
         """Open the store, compile the kernels, reach for the encoder."""
         config = self._config
-        self._executor = await self._in_thread(
+        self._executor = await asyncio.to_thread(
             lambda: Executor(n_threads=config.n_threads, max_queue=config.max_queue)
         )
         self._stack.callback(self._executor.close)
@@ -91,14 +98,18 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
             redis_url=config.redis_url,
             checkpoint_interval_s=config.checkpoint_interval_s,
         )
-        self._store = await self._in_thread(Store.open, store_config)
+        # Kept, because a signal may end the waiting, but not the opening.
+        self._opening = asyncio.ensure_future(asyncio.to_thread(Store.open, store_config))
+        self._store = await asyncio.shield(self._opening)
         await self._executor.run(lambda cancel: self._engine.warm_up())
 
     async def close(self) -> None:
         """Stop the executor, checkpoint and close the store."""
         await self._stack.aclose()
-        if hasattr(self, "_store"):
-            await self._in_thread(self._store.close)
+        if self._opening is not None:
+            with contextlib.suppress(HashlensError, OSError):  # Then `warm_up` has raised it.
+                store = await self._opening
+                await asyncio.to_thread(store.close)
         await asyncio.to_thread(self._threads.shutdown, wait=True)
 
     # -- collections -----------------------------------------------------------------------------
@@ -111,24 +122,28 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
             spec = convert.spec_from_proto(request.spec)
         except InvalidInputError as error:
             raise error.within("spec") from None
-        left_s = deadline_s(context, self._config)
-        collection = await self._in_thread(lambda: self._store.create(spec, deadline_s=left_s))
-        return spb.CreateCollectionResponse(collection=await self._info(collection))
+        ends_s = self._ends_s(context)
+        collection = await self._in_store(
+            lambda left_s: self._store.create(spec, deadline_s=left_s), ends_s
+        )
+        return spb.CreateCollectionResponse(collection=convert.info_to_proto(collection.info()))
 
     async def GetCollection(  # noqa: N802 - the contract's name
         self, request: spb.GetCollectionRequest, context: _Context
     ) -> spb.GetCollectionResponse:
         """Describe one collection."""
         collection = await self._collection(request.name, context, field="name")
-        await self._snapshot(collection, request.min_version, deadline_s(context, self._config))
-        return spb.GetCollectionResponse(collection=await self._info(collection))
+        await self._reached(collection, request.min_version, self._ends_s(context))
+        return spb.GetCollectionResponse(collection=convert.info_to_proto(collection.info()))
 
     async def ListCollections(  # noqa: N802 - the contract's name
         self, request: spb.ListCollectionsRequest, context: _Context
     ) -> spb.ListCollectionsResponse:
         """Describe all collections."""
-        left_s = deadline_s(context, self._config)
-        infos = await self._in_thread(lambda: self._store.list(deadline_s=min(left_s, _LOOKUP_S)))
+        ends_s = self._ends_s(context)
+        infos = await self._in_store(
+            lambda left_s: self._store.list(deadline_s=min(left_s, _LOOKUP_S)), ends_s
+        )
         return spb.ListCollectionsResponse(
             collections=[convert.info_to_proto(info) for info in infos]
         )
@@ -138,8 +153,8 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
     ) -> spb.DropCollectionResponse:
         """Remove a collection."""
         name = convert.check_collection_name(request.name, field="name")
-        left_s = deadline_s(context, self._config)
-        await self._in_thread(lambda: self._store.drop(name, deadline_s=left_s))
+        ends_s = self._ends_s(context)
+        await self._in_store(lambda left_s: self._store.drop(name, deadline_s=left_s), ends_s)
         return spb.DropCollectionResponse()
 
     # -- items -----------------------------------------------------------------------------------
@@ -148,58 +163,35 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         self, request: spb.UpsertRequest, context: _Context
     ) -> spb.UpsertResponse:
         """Write items; an image that cannot be read fails alone."""
-        left_s = deadline_s(context, self._config)
-        started_ns = time.monotonic_ns()
+        ends_s = self._ends_s(context)
         collection = await self._collection(request.collection, context)
-        request_id = _request_id(request.request_id)
-        spec = collection.spec
-        items = [
-            checks.item_of(message, spec, field=f"items[{i}]")
-            for i, message in enumerate(request.items)
-        ]
-        positions = [i for i, item in enumerate(items) if item.image is not None]
-        embeddings = {i: item.embedding for i, item in enumerate(items) if item.embedding}
-        failures = []
-        if positions:
-            results = await self._images.encode_all(
-                [items[i].image or b"" for i in positions],
-                spec,
-                deadline_s=left_s,
-                fields=[f"items[{i}].image" for i in positions],
-            )
-            for i, result in zip(positions, results, strict=True):
-                if isinstance(result, HashlensError):
-                    failures.append(
-                        spb.ItemFailure(index=i, id=items[i].id, error=status_of(result))
-                    )
-                else:
-                    embeddings[i] = result.embedding
-        records = [_record(items[i], embeddings[i]) for i in sorted(embeddings)]
-        # Another encoder may give an image's embedding other last digits: the request id of a
-        # write with images is tied to the images.
-        content = _content(request) if positions else None
-        version = await self._in_thread(
-            lambda: collection.upsert(
-                records,
+        request_id = writes.request_id_of(request.request_id)
+        write = await writes.prepare(request, collection.spec, self._images, ends_s)
+        version = await self._in_store(
+            lambda left_s: collection.upsert(
+                write.records,
                 request_id=request_id,
-                deadline_s=left_s - (time.monotonic_ns() - started_ns) / 1e9,
-                content=content,
-            )
+                deadline_s=left_s,
+                content=write.content(),
+            ),
+            ends_s,
         )
-        return spb.UpsertResponse(version=version, n_written=len(records), failures=failures)
+        return spb.UpsertResponse(
+            version=version, n_written=len(write.records), failures=write.failures
+        )
 
     async def Delete(  # noqa: N802 - the contract's name
         self, request: spb.DeleteRequest, context: _Context
     ) -> spb.DeleteResponse:
         """Remove items by id."""
-        left_s = deadline_s(context, self._config)
+        ends_s = self._ends_s(context)
         collection = await self._collection(request.collection, context)
-        request_id = _request_id(request.request_id)
+        request_id = writes.request_id_of(request.request_id)
         ids = [
             convert.check_id(item_id, field=f"ids[{i}]") for i, item_id in enumerate(request.ids)
         ]
-        result: DeleteResult = await self._in_thread(
-            lambda: collection.delete(ids, request_id=request_id, deadline_s=left_s)
+        result = await self._in_store(
+            lambda left_s: collection.delete(ids, request_id=request_id, deadline_s=left_s), ends_s
         )
         return spb.DeleteResponse(version=result.version, n_deleted=result.n_deleted)
 
@@ -208,19 +200,23 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
     ) -> spb.GetItemsResponse:
         """Read items back."""
         collection = await self._collection(request.collection, context)
-        snapshot, _ = await self._snapshot(
-            collection, request.min_version, deadline_s(context, self._config)
-        )
         ids = [
             convert.check_id(item_id, field=f"ids[{i}]") for i, item_id in enumerate(request.ids)
         ]
-        items = await self._in_thread(
-            lambda: items_of(
-                snapshot,
-                ids,
-                with_feature=request.with_feature,
-                with_payload=request.with_payload,
-            )
+        snapshot = await self._reached(collection, request.min_version, self._ends_s(context))
+        checks.check_reply_fits(
+            len(ids),
+            snapshot,
+            with_code=True,
+            with_feature=request.with_feature,
+            max_message_bytes=self._config.max_message_bytes,
+        )
+        items = await asyncio.to_thread(
+            items_of,
+            snapshot,
+            ids,
+            with_feature=request.with_feature,
+            with_payload=request.with_payload,
         )
         reply = spb.GetItemsResponse(
             items=[convert.item_to_proto(item) for item in items], version=snapshot.version
@@ -237,22 +233,18 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
     ) -> spb.SearchResponse:
         """Answer one query."""
         started_ns = time.monotonic_ns()
-        left_s = deadline_s(context, self._config)
+        ends_s = self._ends_s(context)
         collection = await self._collection(request.collection, context)
         spec = collection.spec
         options = checks.options_of(request.options, spec)
         query = checks.query_of(request.query, spec, options.rank, field="query")
-        snapshot, wait_ns = await self._snapshot(collection, options.min_version, left_s)
-        result = await self._answer(
-            snapshot, query, options, collection, started_ns, left_s, field="query"
-        )
-        timings = replace(
-            result.receipt.timings,
-            wait_version_ns=wait_ns,
-            total_ns=time.monotonic_ns() - started_ns,
-        )
-        result = replace(result, receipt=replace(result.receipt, timings=timings))
-        reply = convert.result_to_proto(result, spec.n_bits)
+        snapshot = await self._reached(collection, options.min_version, ends_s)
+        wait_ns = time.monotonic_ns() - started_ns
+        self._check_fits(1, snapshot, options)
+        result = await self._answer(snapshot, query, options, collection, ends_s, field="query")
+        reply = await _to_proto(result, spec.n_bits)
+        reply.receipt.timings.wait_version_ns = wait_ns
+        reply.receipt.timings.total_ns = time.monotonic_ns() - started_ns
         check_size(reply.ByteSize(), self._config.max_message_bytes, _ADVICE)
         return reply
 
@@ -261,7 +253,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
     ) -> spb.SearchBatchResponse:
         """Answer several queries on one version of the data, each by itself."""
         started_ns = time.monotonic_ns()
-        left_s = deadline_s(context, self._config)
+        ends_s = self._ends_s(context)
         n = len(request.queries)
         if n > self._config.max_batch_queries:
             raise InvalidInputError(
@@ -271,26 +263,23 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
             )
         collection = await self._collection(request.collection, context)
         options = checks.options_of(request.options, collection.spec)
-        snapshot, wait_ns = await self._snapshot(collection, options.min_version, left_s)
+        snapshot = await self._reached(collection, options.min_version, ends_s)
+        wait_ns = time.monotonic_ns() - started_ns
+        self._check_fits(n, snapshot, options)
 
         async def answer(i: int, message: spb.Query) -> spb.SearchBatchResult:
             field = f"queries[{i}]"
             try:
                 query = checks.query_of(message, collection.spec, options.rank, field=field)
                 result = await self._answer(
-                    snapshot, query, options, collection, started_ns, left_s, field=field
+                    snapshot, query, options, collection, ends_s, field=field
                 )
             except HashlensError as error:
                 return spb.SearchBatchResult(error=status_of(error))
-            timings = replace(
-                result.receipt.timings,
-                wait_version_ns=wait_ns,
-                total_ns=time.monotonic_ns() - started_ns,
-            )
-            result = replace(result, receipt=replace(result.receipt, timings=timings))
-            return spb.SearchBatchResult(
-                answer=convert.result_to_proto(result, collection.spec.n_bits)
-            )
+            reply = await _to_proto(result, collection.spec.n_bits)
+            reply.receipt.timings.wait_version_ns = wait_ns
+            reply.receipt.timings.total_ns = time.monotonic_ns() - started_ns
+            return spb.SearchBatchResult(answer=reply)
 
         results = await asyncio.gather(*(answer(i, q) for i, q in enumerate(request.queries)))
         reply = spb.SearchBatchResponse(results=results)
@@ -299,9 +288,22 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
 
     # -- helpers ---------------------------------------------------------------------------------
 
-    async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run what may wait for Redis or a disk outside the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+    def _ends_s(self, context: _Context) -> float:
+        """Return when a call must be answered, on the clock of `time.monotonic`."""
+        return time.monotonic() + deadline_s(context, self._config)
+
+    async def _in_store(self, call: Callable[[float], T], ends_s: float) -> T:
+        """Run what may wait for Redis in a thread; `call` gets the seconds that are left then."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(ends_s - time.monotonic()):
+                return await loop.run_in_executor(
+                    self._threads, lambda: call(ends_s - time.monotonic())
+                )
+        except TimeoutError:
+            raise UnavailableError(
+                "Redis has not answered in time. Repeat the call, a write with its request id."
+            ) from None
 
     async def _collection(
         self, name: str, context: _Context, *, field: str = "collection"
@@ -310,22 +312,34 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         found = self._store.find(name)
         if found is not None:
             return found
-        left_s = deadline_s(context, self._config)
-        return await self._in_thread(lambda: self._store.get(name, deadline_s=left_s))
+        return await self._in_store(
+            lambda left_s: self._store.get(name, deadline_s=left_s), self._ends_s(context)
+        )
 
-    async def _info(self, collection: Collection) -> spb.CollectionInfo:
-        return convert.info_to_proto(await self._in_thread(collection.info))
+    async def _reached(self, collection: Collection, min_version: int, ends_s: float) -> Snapshot:
+        """Return a snapshot at least as new as asked for."""
+        pause_s = 0.0005
+        while (snapshot := collection.snapshot()).version < min_version:
+            left_s = ends_s - time.monotonic()
+            if left_s <= 0:
+                raise DeadlineError(
+                    f"version {min_version} has not come in time: this replica has "
+                    f"{snapshot.version}"
+                )
+            await asyncio.sleep(min(pause_s, left_s))
+            pause_s = min(2 * pause_s, 0.02)
+        if collection.is_lost and snapshot.rows == 0:
+            raise DataLossError(collection.info().detail)
+        return snapshot
 
-    async def _snapshot(
-        self, collection: Collection, min_version: int, left_s: float
-    ) -> tuple[Snapshot, int]:
-        """Return a snapshot at least as new as asked for, and the nanoseconds waited for it."""
-        snapshot = collection.snapshot()
-        if snapshot.version >= min_version:
-            return snapshot, 0
-        started_ns = time.monotonic_ns()
-        snapshot = await self._in_thread(collection.wait_for, min_version, left_s)
-        return snapshot, time.monotonic_ns() - started_ns
+    def _check_fits(self, n_queries: int, snapshot: Snapshot, options: SearchOptions) -> None:
+        checks.check_reply_fits(
+            n_queries * min(options.k, snapshot.n_alive),
+            snapshot,
+            with_code=options.with_code,
+            with_feature=options.with_feature,
+            max_message_bytes=self._config.max_message_bytes,
+        )
 
     async def _answer(
         self,
@@ -333,54 +347,41 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         query: Query,
         options: SearchOptions,
         collection: Collection,
-        started_ns: int,
-        left_s: float,
+        ends_s: float,
         *,
         field: str,
     ) -> SearchResult:
         """Turn a query into an embedding and have the engine search."""
         encode, call_ns = EncodeTimings(), 0
+        embedding = query.embedding
         if query.image is not None:
             asked_ns = time.monotonic_ns()
             encoded = await self._images.encode(
                 query.image,
                 collection.spec,
                 with_activations=options.with_explanation,
-                deadline_s=left_s - (asked_ns - started_ns) / 1e9,
+                deadline_s=ends_s - time.monotonic(),
                 field=f"{field}.image",
             )
             encode, call_ns = encoded.timings, time.monotonic_ns() - asked_ns
             embedding = encoded.embedding
-        elif query.id is not None:
-            embedding = embedding_of(snapshot, query.id)
-        else:
-            assert query.embedding is not None
-            embedding = query.embedding
-        outcome = await self._executor.run(
-            lambda cancel: self._engine.search(snapshot, embedding, options, cancel),
-            deadline_s=left_s - (time.monotonic_ns() - started_ns) / 1e9,
-        )
-        result = outcome.value
+
+        def work(cancel: Cancel) -> SearchResult:
+            # Reading a stored embedding may have to wait for a disk.
+            asked = embedding_of(snapshot, query.id or "") if embedding is None else embedding
+            return self._engine.search(snapshot, asked, options, cancel)
+
+        outcome = await self._executor.run(work, deadline_s=ends_s - time.monotonic())
+        receipt = outcome.value.receipt
         timings = replace(
-            result.receipt.timings,
-            encode=encode,
-            encode_call_ns=call_ns,
-            queue_ns=outcome.queue_ns,
+            receipt.timings, encode=encode, encode_call_ns=call_ns, queue_ns=outcome.queue_ns
         )
-        return replace(result, receipt=replace(result.receipt, timings=timings))
+        # What a replica that has lost its place still has is not known to be all there is.
+        exact = receipt.exact and not collection.is_lost
+        return replace(outcome.value, receipt=replace(receipt, timings=timings, exact=exact))
 
 
-def _request_id(given: str) -> str:
-    if len(given.encode()) > 64:
-        raise InvalidInputError("a request_id has at most 64 bytes", field="request_id")
-    return given or uuid.uuid4().hex
-
-
-def _content(request: spb.UpsertRequest) -> bytes:
-    return b"".join(item.SerializeToString(deterministic=True) for item in request.items)
-
-
-def _record(item: Item, embedding: Embedding) -> Record:
-    """Return what the store keeps of an item."""
-    feature = b"" if embedding.feature is None else embedding.feature.tobytes()
-    return Record(id=item.id, code=embedding.code, feature=feature, payload=item.payload)
+async def _to_proto(result: SearchResult, n_bits: int) -> spb.SearchResponse:
+    if len(result.hits) <= _HITS_AT_ONCE:
+        return convert.result_to_proto(result, n_bits)
+    return await asyncio.to_thread(convert.result_to_proto, result, n_bits)

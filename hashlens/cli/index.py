@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -84,7 +85,13 @@ def index(
     with connected(search_target, encoder_target) as client:
         model = client.model()
         spec = open_collection(client, collection, model)
-        found = scan(root, model.max_image_bytes)
+        with log.status("Looking for images ...") as status:
+            counter = itertools.count(1)
+            found = scan(
+                root,
+                model.max_image_bytes,
+                lambda: status.update(f"Looking for images: {next(counter):,} found"),
+            )
         total = Outcome(problems=list(found.problems))
         batches = cut(found.files, min(BATCH_ITEMS, model.max_batch_items))
         with step(log, "Indexing", len(found.files), "images") as advance:
@@ -93,7 +100,8 @@ def index(
             ):
                 total.add(outcome)
                 advance(outcome.n_files)
-        pruned = prune_gone(client, spec, root) if prune else 0
+        with log.status("Pruning ..."):
+            pruned = prune_gone(client, spec, root) if prune else 0
         n_items = client.collection(collection).n_items
     summary = {
         "collection": collection,

@@ -54,6 +54,10 @@ def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
             signal.signal(number, previous)
 
 
+_REDIS_URL = "HASHLENS_SEARCH_REDIS_URL"
+"""How the URL reaches the search service: it may hold a password, which `ps` would show."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServicesConfig:
     """What to start, and where."""
@@ -167,7 +171,8 @@ def running(
                 listen = encoder.address
                 pending = []
             arguments = _search_arguments(config, listen)
-            search = start("search", "search_service", arguments, environment)
+            store = {} if config.redis_url is None else {_REDIS_URL: config.redis_url}
+            search = start("search", "search_service", arguments, environment | store)
             _wait_until_serving([*pending, search], on_serving)
         yield Services(encoder, search)
     finally:
@@ -188,8 +193,6 @@ def _encoder_arguments(config: ServicesConfig, listen: str) -> list[str]:
 def _search_arguments(config: ServicesConfig, encoder_listen: str) -> list[str]:
     arguments = ["--listen", config.search_listen, "--data-dir", str(config.data)]
     arguments += ["--encoder", reachable(encoder_listen)]
-    if config.redis_url is not None:
-        arguments += ["--redis-url", config.redis_url]
     return arguments
 
 

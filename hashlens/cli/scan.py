@@ -47,9 +47,7 @@ class Scan:
     problems: list[Problem]
 
 
-def scan(
-    folder: Path, max_image_bytes: int, on_found: Callable[[int], None] = lambda n: None
-) -> Scan:
+def scan(folder: Path, max_image_bytes: int, on_found: Callable[[], None] = lambda: None) -> Scan:
     """Find the images below a folder, without reading more than a few bytes of any.
 
     What a leading dot hides is left out: thumbnails, trash, a Mac's resource forks. Links to files
@@ -62,14 +60,14 @@ def scan(
     max_image_bytes
         Larger files are problems.
     on_found
-        Called with 1 for each image.
+        Called for each image.
     """
     found = Scan([], [])
     for entry in _walk(str(folder), found.problems):
         image, reason = _classify(entry, max_image_bytes)
         if image is not None:
             found.files.append(image)
-            on_found(1)
+            on_found()
         elif reason:
             found.problems.append(Problem(entry.path, reason))
     return found

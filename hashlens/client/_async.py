@@ -173,13 +173,13 @@ class AsyncClient:
             spec = wire.spec_for(name, model, feature_dtype, expected_rows)
         request = spb.CreateCollectionRequest(spec=convert.spec_to_proto(spec))
         reply = await self._call(self._search.CreateCollection, request, deadline_s)
-        return convert.info_from_proto(reply.collection)
+        return self._wire.seen(convert.info_from_proto(reply.collection))
 
     async def collection(self, name: str, *, deadline_s: float | None = None) -> CollectionInfo:
         """Return a collection's state; NotFoundError if there is none."""
-        request = spb.GetCollectionRequest(name=name, min_version=self._wire.versions.get(name, 0))
+        request = spb.GetCollectionRequest(name=name, min_version=self._wire.version_of(name))
         reply = await self._call(self._search.GetCollection, request, deadline_s)
-        return convert.info_from_proto(reply.collection)
+        return self._wire.seen(convert.info_from_proto(reply.collection))
 
     async def collections(self, *, deadline_s: float | None = None) -> list[CollectionInfo]:
         """Return the state of all collections, by name."""
@@ -192,7 +192,7 @@ class AsyncClient:
         await self._call(
             self._search.DropCollection, spb.DropCollectionRequest(name=name), deadline_s
         )
-        self._wire.versions.pop(name, None)
+        self._wire.forget(name)
 
     async def upsert(
         self,
@@ -323,6 +323,8 @@ class AsyncClient:
         self, method: Callable[..., Any], request: Any, deadline_s: float | None
     ) -> Any:
         try:
-            return await method(request, timeout=deadline_s or self._config.deadline_s)
+            return await method(
+                request, timeout=self._config.deadline_s if deadline_s is None else deadline_s
+            )
         except grpc.aio.AioRpcError as failure:
             raise error_of_call(failure) from None

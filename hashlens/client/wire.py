@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import threading
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +16,7 @@ from hashlens.errors import HashlensError, InvalidInputError
 from hashlens.rpc import limits
 from hashlens.rpc.status import error_of
 from hashlens.types import (
+    CollectionInfo,
     CollectionSpec,
     DeleteResult,
     Embedding,
@@ -68,8 +71,11 @@ class Wire:
     """Builds requests and reads replies for one client."""
 
     config: ClientConfig
-    versions: dict[str, int] = field(default_factory=dict)
+    _versions: dict[str, int] = field(default_factory=dict)
     """The last version that this client wrote, by collection: its searches read its own writes."""
+    _epochs: dict[str, str] = field(default_factory=dict)
+    """The incarnation that the versions belong to, where it is known."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     # -- encoder ---------------------------------------------------------------------------------
 
@@ -110,14 +116,34 @@ class Wire:
         sized = ((message, message.ByteSize()) for message in messages)
         for n, chunk in enumerate(self._chunks(sized)):
             request = spb.UpsertRequest(
-                collection=collection, items=chunk, request_id=f"{base}.{n}"
+                collection=collection, items=chunk, request_id=_chunk_id(base, n)
             )
             self._check_size(request.ByteSize(), _SPLIT)
             yield request
 
     def wrote(self, collection: str, version: int) -> None:
         """Remember a write."""
-        self.versions[collection] = max(version, self.versions.get(collection, 0))
+        with self._lock:
+            self._versions[collection] = max(version, self._versions.get(collection, 0))
+
+    def seen(self, info: CollectionInfo) -> CollectionInfo:
+        """Return `info`; a collection that was made anew begins its versions anew."""
+        name = info.spec.name
+        with self._lock:
+            if self._epochs.get(name, info.epoch) != info.epoch:
+                self._versions.pop(name, None)
+            self._epochs[name] = info.epoch
+        return info
+
+    def forget(self, collection: str) -> None:
+        """Forget a collection that was dropped."""
+        with self._lock:
+            self._versions.pop(collection, None)
+            self._epochs.pop(collection, None)
+
+    def version_of(self, collection: str) -> int:
+        """Return the last version that this client wrote; 0 if it wrote nothing."""
+        return self._versions.get(collection, 0)
 
     def delete_request(
         self, collection: str, ids: Sequence[str], request_id: str | None
@@ -138,7 +164,7 @@ class Wire:
             ids=ids,
             with_feature=with_feature,
             with_payload=with_payload,
-            min_version=self.versions.get(collection, 0),
+            min_version=self.version_of(collection),
         )
         self._check_size(request.ByteSize(), _SPLIT)
         return request
@@ -197,7 +223,7 @@ class Wire:
         return n_items >= self.config.chunk_items or size_bytes > self.config.chunk_bytes
 
     def _own_writes(self, collection: str, options: SearchOptions) -> SearchOptions:
-        own = self.versions.get(collection, 0)
+        own = self.version_of(collection)
         return options if options.min_version >= own else replace(options, min_version=own)
 
     def _check_size(self, size_bytes: int, advice: str) -> None:
@@ -264,6 +290,14 @@ def encoded_of(embedding: epb.Embedding, timings: enc.EncodeTimings) -> Encoded:
 def deleted(reply: spb.DeleteResponse) -> DeleteResult:
     """Read a Delete."""
     return DeleteResult(version=reply.version, n_deleted=reply.n_deleted)
+
+
+def _chunk_id(base: str, n: int) -> str:
+    """Return the request id of a write's n-th chunk, in the 64 bytes that the contract allows."""
+    if n == 0:
+        return base
+    own = f"{base}.{n}"
+    return own if len(own.encode()) <= 64 else hashlib.blake2b(own.encode()).hexdigest()[:64]
 
 
 def _encode_options(feature_dtype: FeatureDtype | None, activations: bool) -> enc.EncodeOptions:

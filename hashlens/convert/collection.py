@@ -87,7 +87,7 @@ def check_id(item_id: str, *, field: str = "id") -> str:
         raise InvalidInputError(
             f"the id is {size_bytes} bytes long: 1 to {MAX_ID_BYTES} are allowed", field=field
         )
-    # Ids are compared as NUL-padded bytes and printed on one line.
+    # Ids are printed on one line.
     if any(ord(c) < 0x20 or ord(c) == 0x7F or 0xD800 <= ord(c) < 0xE000 for c in item_id):
         raise InvalidInputError("an id holds no control characters", field=field)
     return item_id

@@ -17,7 +17,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from hashlens.config import setting
-from hashlens.errors import DeadlineError, HashlensError
+from hashlens.errors import DeadlineError, HashlensError, InvalidInputError
 from hashlens.rpc.interceptors import ErrorInterceptor, GateInterceptor
 from hashlens.rpc.limits import DEADLINE_S, MAX_MESSAGE_BYTES
 from hashlens.rpc.logs import LogFormat
@@ -46,6 +46,18 @@ class ServerConfig:
     grace_s: float = setting(10.0, "Time that running calls get to end on SIGTERM, in seconds.")
     log_level: str = setting("info", "Lowest level that is logged.")
     log_format: LogFormat = setting("text", "How logs are written.")
+
+    def __post_init__(self) -> None:
+        host, _, port = self.listen.rpartition(":")
+        if not (host and port.isdecimal() and int(port) < 65536):
+            raise InvalidInputError(f"listen is host:port, not {self.listen!r}", field="listen")
+        if self.log_level.upper() not in logging.getLevelNamesMapping():
+            raise InvalidInputError(f"log_level {self.log_level!r} is none of logging's")
+        for name in ("max_message_bytes", "default_deadline_s", "max_connection_age_s"):
+            if getattr(self, name) <= 0:
+                raise InvalidInputError(f"{name} is above 0", field=name)
+        if self.grace_s < 0:
+            raise InvalidInputError("grace_s is 0 or more", field="grace_s")
 
 
 class HealthServicer(health.aio.HealthServicer):

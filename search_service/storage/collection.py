@@ -91,6 +91,11 @@ class Collection:
         """Whether Redis has another collection of the name, or none."""
         return self._follower.is_foreign
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the local files are not all there is, and the log cannot mend that."""
+        return self._follower.is_lost
+
     def snapshot(self) -> Snapshot:
         """Return the newest version; cheap, takes no lock, needs no Redis."""
         return self._local.snapshot

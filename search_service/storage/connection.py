@@ -53,7 +53,11 @@ def connect(url: str, timeout_s: float) -> redis.Redis:
     try:
         pool = redis.ConnectionPool.from_url(url, max_connections=_MAX_CONNECTIONS, **settings)
     except ValueError as error:
-        raise InvalidInputError(f"{url!r} is no Redis URL: {error}", field="redis_url") from None
+        # Neither the URL nor the parser's words: they may hold a password.
+        raise InvalidInputError(
+            f"this is no Redis URL ({type(error).__name__}). Give redis://, rediss:// or unix://.",
+            field="redis_url",
+        ) from None
     # What the URL's own query string says must not undo them.
     pool.connection_kwargs.update(settings)
     client = redis.Redis.from_pool(pool)

@@ -106,7 +106,8 @@ class Store:
         OSError
             The directory cannot be read or written.
         """
-        config.data_dir.mkdir(parents=True, exist_ok=True)
+        # Ids, payloads and features are nobody else's.
+        config.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         with contextlib.ExitStack() as resources:
             resources.callback(os.close, data_dir.lock(config.data_dir))
             url = config.redis_url

@@ -425,3 +425,10 @@ def test_random_bytes_after_a_magic_are_refused_or_tiny(magic: bytes, rest: byte
     except InvalidInputError:
         return
     assert image.mode == "RGB"
+
+
+def test_a_phones_jpeg_with_a_film_behind_it_is_decoded() -> None:
+    jpeg = encoded(Image.effect_noise((64, 48), 50).convert("RGB"), "JPEG")
+    film = np.random.default_rng(0).integers(0, 256, 8_000_000, dtype=np.uint8).tobytes()
+    assert film.count(b"\xff\xda") > 100
+    assert decode(jpeg + film, DecodeLimits()).size == (64, 48)
