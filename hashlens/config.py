@@ -113,6 +113,8 @@ def _read_file(
         return
     try:
         table = tomllib.loads(path.read_text("utf-8")).get(section, {})
+        if not isinstance(table, dict):
+            raise click.BadParameter(f"{path}: [{section}] is no table", context, parameter)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise click.BadParameter(f"{path} is not TOML: {error}", context, parameter) from None
     unknown = sorted(set(table) - {field.name for field in fields})
@@ -120,4 +122,9 @@ def _read_file(
         raise click.BadParameter(
             f"{path}: [{section}] has no {', '.join(unknown)}", context, parameter
         )
+    for name, value in table.items():
+        if not isinstance(value, str | int | float):
+            raise click.BadParameter(
+                f"{path}: {name} in [{section}] is no plain value", context, parameter
+            )
     context.default_map = {**(context.default_map or {}), **table}

@@ -133,7 +133,8 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
     ) -> spb.GetCollectionResponse:
         """Describe one collection."""
         collection = await self._collection(request.name, context, field="name")
-        await self._reached(collection, request.min_version, self._ends_s(context))
+        if not collection.is_lost:  # Then it would not come, and its state is what is asked for.
+            await self._reached(collection, request.min_version, self._ends_s(context))
         return spb.GetCollectionResponse(collection=convert.info_to_proto(collection.info()))
 
     async def ListCollections(  # noqa: N802 - the contract's name
@@ -211,16 +212,19 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
             with_feature=request.with_feature,
             max_message_bytes=self._config.max_message_bytes,
         )
-        items = await asyncio.to_thread(
-            items_of,
-            snapshot,
-            ids,
-            with_feature=request.with_feature,
-            with_payload=request.with_payload,
-        )
-        reply = spb.GetItemsResponse(
-            items=[convert.item_to_proto(item) for item in items], version=snapshot.version
-        )
+
+        def read() -> spb.GetItemsResponse:
+            items = items_of(
+                snapshot,
+                ids,
+                with_feature=request.with_feature,
+                with_payload=request.with_payload,
+            )
+            return spb.GetItemsResponse(
+                items=map(convert.item_to_proto, items), version=snapshot.version
+            )
+
+        reply = await asyncio.to_thread(read)
         check_size(
             reply.ByteSize(), self._config.max_message_bytes, "ask for fewer, or without features"
         )

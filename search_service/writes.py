@@ -34,7 +34,8 @@ class Write:
         """
         if not self.has_images:
             return None
-        return b"".join(item.SerializeToString(deterministic=True) for item in self.request.items)
+        content = spb.UpsertRequest(items=self.request.items)
+        return content.SerializeToString(deterministic=True)
 
 
 async def prepare(

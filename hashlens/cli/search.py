@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import stat
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ from hashlens.cli.extras import require
 from hashlens.cli.text import console, printable, short_path
 from hashlens.errors import InvalidInputError
 from hashlens.types import MAX_K, Hit, Rank, Receipt, SearchOptions, SearchResult
+
+_MAX_COUNT = 2**32 - 1
+"""The largest number that the contract can carry."""
 
 MAX_QUERY_BYTES = 64 * 2**20
 """Larger files are refused before they are read."""
@@ -29,18 +34,18 @@ MAX_QUERY_BYTES = 64 * 2**20
 @collection_option
 @click.option(
     "--max-hamming",
-    type=click.IntRange(0),
+    type=click.IntRange(0, _MAX_COUNT),
     metavar="BITS",
     help="Look at all images within this Hamming distance, instead of --min-pool.",
 )
 @click.option(
     "--min-pool",
-    type=click.IntRange(0),
+    type=click.IntRange(0, _MAX_COUNT),
     default=SearchOptions().min_pool,
     show_default=True,
     help="Least number of images that the fine stage looks at.",
 )
-@click.option("--max-pool", type=click.IntRange(1), help="Most that it looks at.")
+@click.option("--max-pool", type=click.IntRange(1, _MAX_COUNT), help="Most that it looks at.")
 @click.option(
     "--rank",
     type=click.Choice([rank.value for rank in Rank]),
@@ -110,7 +115,10 @@ def search(
 
 
 def _read(image: Path) -> bytes:
-    if image.stat().st_size > MAX_QUERY_BYTES:
+    status = image.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise InvalidInputError(f"{image} is no file")
+    if status.st_size > MAX_QUERY_BYTES:
         raise InvalidInputError(f"{image} is above {MAX_QUERY_BYTES:,} bytes")
     return image.read_bytes()
 
@@ -136,11 +144,13 @@ def path_of(hit: Hit) -> str:
 
 
 def payload_json(hit: Hit) -> Any:
-    """Return a hit's payload if it is JSON, else None."""
+    """Return a hit's payload if it is JSON, else None; what Python alone takes for JSON is none."""
     try:
-        return json.loads(hit.payload)
+        payload = json.loads(hit.payload)
+        json.dumps(payload, allow_nan=False)
     except (ValueError, RecursionError):
         return None
+    return payload
 
 
 def receipt_line(receipt: Receipt, call_ms: float) -> str:
@@ -177,7 +187,8 @@ def as_dict(
                 "rank": n,
                 "id": hit.id,
                 "hamming_bits": hit.hamming_bits,
-                "distance": hit.distance,
+                # JSON has no infinity: a distance too large for float32 is null.
+                "distance": hit.distance if math.isfinite(hit.distance or 0) else None,
                 "payload": payload_json(hit),
             }
             for n, hit in enumerate(result.hits, 1)

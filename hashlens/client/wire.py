@@ -178,7 +178,7 @@ class Wire:
         request = spb.SearchRequest(
             collection=collection,
             query=convert.query_to_proto(query),
-            options=convert.options_to_proto(self._own_writes(collection, options)),
+            options=self._options(collection, options),
         )
         self._check_size(request.ByteSize(), "send a smaller picture")
         return request
@@ -190,7 +190,7 @@ class Wire:
         request = spb.SearchBatchRequest(
             collection=collection,
             queries=[convert.query_to_proto(query) for query in queries],
-            options=convert.options_to_proto(self._own_writes(collection, options)),
+            options=self._options(collection, options),
         )
         self._check_size(request.ByteSize(), _SPLIT)
         return request
@@ -222,9 +222,15 @@ class Wire:
     def _is_full(self, n_items: int, size_bytes: int) -> bool:
         return n_items >= self.config.chunk_items or size_bytes > self.config.chunk_bytes
 
-    def _own_writes(self, collection: str, options: SearchOptions) -> SearchOptions:
-        own = self.version_of(collection)
-        return options if options.min_version >= own else replace(options, min_version=own)
+    def _options(self, collection: str, options: SearchOptions) -> spb.SearchOptions:
+        """Return the wire form, made to wait for this client's own writes."""
+        version = max(options.min_version, self.version_of(collection))
+        try:
+            return convert.options_to_proto(replace(options, min_version=version))
+        except ValueError as error:  # What does not fit the message's numbers.
+            raise InvalidInputError(
+                f"an option is out of range: {error}", field="options"
+            ) from None
 
     def _check_size(self, size_bytes: int, advice: str) -> None:
         limits.check_size(size_bytes, self.config.max_message_bytes, advice)

@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from hashlens.errors import CancelledError, HashlensError, UnavailableError
+from hashlens.errors import CancelledError, HashlensError, InvalidInputError, UnavailableError
 from hashlens.rpc import status
 
 logger = logging.getLogger(__name__)
@@ -34,13 +35,13 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(
                 _guard_unary(handler.unary_unary, method),
-                handler.request_deserializer,
+                _tolerant(handler.request_deserializer),
                 handler.response_serializer,
             )
         if handler.unary_stream is not None:
             return grpc.unary_stream_rpc_method_handler(
                 _guard_stream(handler.unary_stream, method),
-                handler.request_deserializer,
+                _tolerant(handler.request_deserializer),
                 handler.response_serializer,
             )
         if handler.stream_stream is not None:
@@ -53,14 +54,20 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
 
 class GateInterceptor(grpc.aio.ServerInterceptor):
-    """Answers UNAVAILABLE until it is opened; health is exempt."""
+    """Answers UNAVAILABLE until it is opened and after it is closed; health is exempt."""
 
     def __init__(self) -> None:
-        self._is_open = False
+        self._refusal: _Handler | None = _refusing(
+            "the service is warming up: try again in a few seconds"
+        )
 
     def open(self) -> None:
         """Let calls pass from now on."""
-        self._is_open = True
+        self._refusal = None
+
+    def close(self) -> None:
+        """Refuse calls from now on; those that have begun go on."""
+        self._refusal = _refusing("the service is stopping: try another, or again later")
 
     async def intercept_service(
         self,
@@ -68,22 +75,47 @@ class GateInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
         """Pass the call on, or refuse it."""
-        if not self._is_open and not handler_call_details.method.startswith("/grpc.health."):
-            return _WARMING_UP
+        is_health = handler_call_details.method.startswith("/grpc.health.")
+        if self._refusal is not None and not is_health:
+            return self._refusal
         return await continuation(handler_call_details)
 
 
-async def _warming_up(_: Any, __: grpc.aio.ServicerContext[Any, Any]) -> Any:
-    raise UnavailableError("the service is warming up: try again in a few seconds")
+def _refusing(message: str) -> _Handler:
+    async def refuse(_: Any, __: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        raise UnavailableError(message)
+
+    return grpc.unary_unary_rpc_method_handler(refuse)
 
 
-_WARMING_UP: _Handler = grpc.unary_unary_rpc_method_handler(_warming_up)
+_UNREADABLE = object()
+"""Stands for a request whose bytes are no message of the call."""
+
+
+def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    """Let the handler refuse what cannot be read; gRPC would call it UNKNOWN, with a traceback."""
+    if deserialize is None:
+        return None
+
+    def parse(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError:
+            return _UNREADABLE
+
+    return parse
+
+
+def _check_readable(request: Any) -> None:
+    if request is _UNREADABLE:
+        raise InvalidInputError("the request's bytes are no message of this call: check the proto")
 
 
 def _guard_unary(behaviour: Callable[..., Any], method: str) -> Callable[..., Any]:
     async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         started_ns = time.monotonic_ns()
         try:
+            _check_readable(request)
             return await behaviour(request, context)
         except (grpc.aio.AbortError, asyncio.CancelledError):
             raise
@@ -100,6 +132,7 @@ def _guard_stream(behaviour: Callable[..., Any], method: str) -> Callable[..., A
     ) -> AsyncIterator[Any]:
         started_ns = time.monotonic_ns()
         try:
+            _check_readable(request)
             async for reply in behaviour(request, context):
                 yield reply
         except (grpc.aio.AbortError, asyncio.CancelledError):

@@ -30,6 +30,9 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _ANSWER_S = 0.5
 """Time kept back from a call's deadline for its answer to travel, at most a fifth of it."""
 
+_LATECOMERS_S = 0.2
+"""How long calls are still answered, with UNAVAILABLE, before the server closes its connections."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
@@ -162,7 +165,10 @@ async def serve(config: ServerConfig, service: Service) -> None:
     try:
         port = server.add_insecure_port(config.listen)
     except RuntimeError as error:
-        raise OSError(f"cannot listen on {config.listen}: {error}") from None
+        raise OSError(
+            f"cannot listen on {config.listen}: it is in use, or no address of this machine "
+            f"({error})"
+        ) from None
     await server.start()
     try:
         if await _finished_first(service.warm_up(), stop):
@@ -177,6 +183,9 @@ async def serve(config: ServerConfig, service: Service) -> None:
         logger.info("stopping: calls in flight have %g s", config.grace_s)
     finally:
         await health_servicer.end()
+        # What is on its way is told to go elsewhere; gRPC would cancel it.
+        gate.close()
+        await asyncio.sleep(min(_LATECOMERS_S, config.grace_s))
         await server.stop(config.grace_s)
         await service.close()
 

@@ -88,6 +88,9 @@ def error_of_call(failure: grpc.RpcError) -> errors.HashlensError:
         if key == DETAILS_KEY and isinstance(value, bytes):
             return error_of(status_pb2.Status.FromString(value))
     code: grpc.StatusCode = failure.code()
+    if code is grpc.StatusCode.CANCELLED:
+        # Not by us: cancelling a call of our own raises something else.
+        return errors.UnavailableError("the server ended the call: it is stopping")
     return error_of(status_pb2.Status(code=code.value[0], message=failure.details() or code.name))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hashlens import Client, CollectionSpec, Embedding, FeatureDtype, Item, codes
-from hashlens.errors import HashlensError, UnavailableError
+from hashlens.errors import DataLossError, HashlensError, UnavailableError
 from hashlens.types import Hit
 from tests.support.redis_server import RedisServer, server_binaries
 from tests.support.services import ServiceProcess, wait_until
@@ -238,3 +238,29 @@ def test_one_data_directory_has_one_process(tmp_path: Path) -> None:
         assert "data" in str(caught.value)
         with Client(process.target) as client:
             assert client.collections() == []
+
+
+def test_a_collection_whose_files_are_damaged_says_so(tmp_path: Path) -> None:
+    process = search_service(tmp_path)
+    with process, Client(process.target) as client:
+        client.create_collection("photos", spec=SPEC)
+        client.upsert("photos", map(item_of, range(100)))
+    (codes_file,) = (tmp_path / "data" / "collections" / "photos").glob("codes-*")
+    damaged = bytearray(codes_file.read_bytes())
+    damaged[0] ^= 1
+    codes_file.write_bytes(damaged)
+    with process, Client(process.target) as client:
+        # The log was trimmed at the checkpoint, so nothing can be rebuilt here: never an empty
+        # answer that claims to be exact.
+        with pytest.raises(DataLossError):
+            client.search("photos", embedding=embedding_of(0), k=1)
+        with pytest.raises(DataLossError):
+            client.get_items("photos", ["00001"])
+        info = client.collection("photos")
+        assert not info.writable
+        assert info.detail
+        client.drop_collection("photos")
+        client.create_collection("photos", spec=SPEC)
+        client.upsert("photos", map(item_of, range(100)))
+        assert client.search("photos", embedding=embedding_of(0), k=1).hits[0].id == "00000"
+    assert list((tmp_path / "data" / "quarantine").iterdir())

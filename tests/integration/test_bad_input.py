@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from google.protobuf.message import Message
 
-from hashlens import Client, CollectionSpec, Item, Query, convert
+from hashlens import Client, CollectionSpec, Item, Query, SearchOptions, convert
 from hashlens.errors import InvalidInputError, PreconditionError
 from hashlens.rpc.status import error_of_call
 from hashlens.types import Embedding
@@ -285,3 +285,21 @@ def test_another_models_collection_refuses_images(
     with pytest.raises(PreconditionError) as caught:
         client.search("foreign", image=images[0])
     assert caught.value.field == "query.image.model_id"
+
+
+def test_bytes_that_are_no_message_are_refused_as_such(search: SearchProcess) -> None:
+    with grpc.insecure_channel(search.target) as channel:
+        call = channel.unary_unary("/hashlens.v1.SearchService/Search")
+        for noise in (b"\x0a\x02\xff\xfe", b"\xff" * 40):
+            with pytest.raises(grpc.RpcError) as caught:
+                call(noise, timeout=20)
+            assert caught.value.code() is Code.INVALID_ARGUMENT
+
+
+def test_options_beyond_the_message_are_refused_by_the_client(
+    client: Client, embedding: Embedding
+) -> None:
+    with pytest.raises(InvalidInputError):
+        client.search("photos", embedding=embedding, options=SearchOptions(k=-1))
+    with pytest.raises(InvalidInputError):
+        client.search("photos", embedding=embedding, options=SearchOptions(min_pool=2**33))

@@ -59,7 +59,13 @@ def test_flags_and_paths(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [("[demo]\nlistem = 'x'\n", "no listem"), ("[demo\n", "not TOML"), ("\xff", "not TOML")],
+    [
+        ("[demo]\nlistem = 'x'\n", "no listem"),
+        ("[demo\n", "not TOML"),
+        ("demo = 3\n", "no table"),
+        ("[demo]\nlisten = [1]\n", "plain value"),
+        ("\xff", "not TOML"),
+    ],
 )
 def test_a_wrong_file_is_refused(tmp_path: Path, content: str, expected: str) -> None:
     file = tmp_path / "config.toml"
