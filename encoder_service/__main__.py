@@ -17,9 +17,8 @@ from hashlens.rpc import logs, server
 def main(config: EncoderConfig) -> None:
     """Serve EncoderService: image bytes in, binary codes and features out."""
     logs.set_up(config.log_format, config.log_level)
-    # OpenMP's threads spin while they wait, and take the CPU from whatever else runs here: beside a
-    # busy encoder, a coarse stage of 0.4 ms took 14. It reads this when it is loaded, so the import
-    # comes after.
+    # OpenMP's threads spin while they wait, and take the CPU from whatever else runs here, such as
+    # the other service. It reads this when it is loaded, so the import comes after.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from encoder_service.servicer import EncoderServicer
 

@@ -68,7 +68,7 @@ class Collection:
         self._catalog = catalog
         self._follower = follower
         self._replica_id = replica_id
-        self._budget_entries = max(log_budget_bytes // layout.record_bytes(local.spec), 1)
+        self._log_budget_bytes = log_budget_bytes
         self._durability = durability
         self._code_bytes = codes.n_bytes(local.spec.n_bits)
         self._feature_bytes = layout.feature_bytes(local.spec)
@@ -220,7 +220,11 @@ class Collection:
             return seq
         try:
             self._catalog.trim(
-                self._meta, self._replica_id, seq, self._budget_entries, deadline_s=_TRIM_S
+                self._meta,
+                self._replica_id,
+                seq,
+                max(int(self._log_budget_bytes / self._follower.mean_bytes), 1),
+                deadline_s=_TRIM_S,
             )
         except HashlensError as error:
             logger.info("the log of %s is not trimmed: %s", self.spec.name, error)

@@ -78,7 +78,8 @@ class Follower:
         self._on_change = on_change
         self._feature_bytes = layout.feature_bytes(local.spec)
         self._code_bytes = codes.n_bytes(local.spec.n_bits)
-        self._mean_bytes = float(layout.record_bytes(local.spec))
+        self.mean_bytes = float(layout.record_bytes(local.spec))
+        """Of a log record in the last batch; at first, of one without a payload."""
         self._trouble: HashlensError | None = UnavailableError("Redis has not answered yet.")
         self._reader: LogReader | None = None
         self._stopping = threading.Event()
@@ -171,7 +172,7 @@ class Follower:
     def _step(self, reader: LogReader) -> None:
         """Wait a little for writes, and apply them."""
         local = self._local
-        count = min(max(int(BATCH_BYTES / self._mean_bytes), 1), _MAX_COUNT)
+        count = min(max(int(BATCH_BYTES / self.mean_bytes), 1), _MAX_COUNT)
         batch = reader.read(local.seq, count)
         if batch.epoch != local.epoch:
             raise PreconditionError(foreign(local.spec.name, batch.epoch))
@@ -188,7 +189,7 @@ class Follower:
         ):
             self._give_up(f"the log has a hole behind version {local.seq}")
         local.apply(records)
-        self._mean_bytes = sum(len(record.raw) for record in records) / len(records)
+        self.mean_bytes = sum(len(record.raw) for record in records) / len(records)
 
     def _give_up(self, reason: str) -> NoReturn:
         raise ResyncNeededError(
