@@ -288,8 +288,8 @@ def resolve_device(device: str) -> torch.device:
 def _tile(side: int, device: torch.device) -> int:
     """Choose how many images share a pass, from what decides the work in it.
 
-    At 48 px, 8 images take little longer than one (docs/adr/0002). At 224 px one image keeps the CPU
-    busy by itself, and padding would be pure waste.
+    At 48 px, 8 images take little longer than one, see docs/adr/0002. At 224 px one image keeps the
+    CPU busy by itself, and padding would be pure waste.
     """
     if device.type == "cuda":
         return 32
