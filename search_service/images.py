@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Self
 
 from hashlens.client import AsyncClient, ClientConfig
@@ -83,8 +84,7 @@ class ImageEncoder:
             )
         except HashlensError as error:
             raise self._explained(error, field) from None
-        checks.check_embedding(encoded.embedding, spec, field=field)
-        return encoded
+        return _fitted(encoded, spec, field)
 
     async def encode_all(
         self,
@@ -127,10 +127,9 @@ class ImageEncoder:
         if isinstance(result, HashlensError):
             return self._explained(result, field)
         try:
-            checks.check_embedding(result.embedding, spec, field=field)
+            return _fitted(result, spec, field)
         except HashlensError as error:
             return error
-        return result
 
     def _explained(self, error: HashlensError, field: str) -> HashlensError:
         """Return the encoder's error in the terms of our own caller's request."""
@@ -141,3 +140,11 @@ class ImageEncoder:
                 f"the encoder service at {self._target} is away: {error.message}"
             )
         return error
+
+
+def _fitted(encoded: Encoded, spec: CollectionSpec, field: str) -> Encoded:
+    """Return what a collection can compare of an embedding, or raise."""
+    if spec.dim == 0:  # A collection of codes only keeps no feature and compares none.
+        encoded = replace(encoded, embedding=replace(encoded.embedding, feature=None))
+    checks.check_embedding(encoded.embedding, spec, field=field)
+    return encoded

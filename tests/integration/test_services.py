@@ -376,6 +376,19 @@ def test_codes_only_collections_rank_by_hamming(
     assert {hit.distance for hit in result.hits} == {None}
 
 
+def test_a_codes_only_collection_takes_and_finds_images(
+    client: Client, images: list[bytes]
+) -> None:
+    model = client.model()
+    spec = CollectionSpec(name="bits", model_id=model.model_id, n_bits=model.n_bits, dim=0)
+    client.create_collection("bits", spec=spec)
+    result = client.upsert("bits", [Item(id=str(i), image=images[i]) for i in range(5)])
+    assert (result.n_written, result.failures) == (5, ())
+    hits = client.search("bits", image=images[3], k=5).hits
+    assert (hits[0].hamming_bits, hits[0].distance) == (0, None)
+    assert {hit.id for hit in hits} == set("01234")
+
+
 def test_collections_are_listed_and_created_once(client: Client, photos: tuple[str, int]) -> None:
     before = client.collection(photos[0])
     again = client.create_collection(photos[0], expected_rows=1000)

@@ -119,6 +119,12 @@ def test_services_that_are_away_are_named(
     assert result.stderr.count("\n") == 1
 
 
+def test_a_query_that_is_no_file_is_not_read(runner: CliRunner, nowhere: list[str]) -> None:
+    result = runner.invoke(main, ["search", "/dev/zero", *nowhere])
+    assert result.exit_code == 1
+    assert "is no file" in result.output
+
+
 def test_index_names_services_that_are_away(
     runner: CliRunner, nowhere: list[str], tmp_path: Path
 ) -> None:

@@ -127,6 +127,13 @@ def test_json_is_stable() -> None:
     assert found["receipt"]["timings_ms"]["inference"] == 3.0
 
 
+def test_json_is_json_whatever_the_numbers() -> None:
+    far = Hit(id="far", hamming_bits=1, distance=float("inf"), payload=b'{"n": NaN, "big": 1e999}')
+    (hit,) = as_dict({"id": "x"}, "photos", result_of(far), 1.0)["hits"]
+    json.dumps(hit, allow_nan=False)
+    assert (hit["distance"], hit["payload"]) == (None, None)
+
+
 @pytest.mark.parametrize("payload", [b"", b"[1]", b'{"path": 3}', b"[" * 60_000, b"{"])
 def test_a_payload_of_another_kind_is_no_path(payload: bytes) -> None:
     hit = Hit(id="the id", hamming_bits=0, distance=0.0, payload=payload)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import grpc
 import pytest
 from google.rpc import status_pb2
 
 from hashlens import errors
-from hashlens.rpc.status import error_of, status_of
+from hashlens.rpc.status import error_of, error_of_call, status_of
 
 ALL = [
     errors.InvalidInputError("k is 0: ask for 1 or more", field="options.k"),
@@ -59,3 +60,17 @@ def test_the_tree_in_the_docstring_is_complete() -> None:
     assert errors.__doc__ is not None
     for cls in every_subclass(errors.HashlensError):
         assert cls.__name__ in errors.__doc__
+
+
+def test_a_call_that_the_server_cancelled_may_be_repeated() -> None:
+    class Ended(grpc.RpcError):
+        def trailing_metadata(self) -> tuple[()]:
+            return ()
+
+        def code(self) -> grpc.StatusCode:
+            return grpc.StatusCode.CANCELLED
+
+        def details(self) -> str:
+            return ""
+
+    assert error_of_call(Ended()).retriable
