@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +22,15 @@ _FILTERS = {
 }
 
 
+Fit = Literal["short", "warp"]
+
+
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
     """Resize, crop the centre, normalise: a fixed function, kept with the weights.
 
-    Resize and crop are one step: the square that survives the crop is found in the source and only
-    that is resampled. So a 1 x 100 000 image costs no more than any other.
+    Resize and crop are one step: what survives the crop is found in the source and only that is
+    resampled. So a 1 x 100 000 image costs no more than any other.
 
     Raises
     ------
@@ -36,7 +39,7 @@ class Preprocessing:
     """
 
     resize: int = 256
-    """Length the shorter side is brought to, in pixels."""
+    """Length the shorter side is brought to, or both if `fit` is ``warp``, in pixels."""
     crop: int = 224
     """Side of the centre square that is kept, in pixels; at most `resize`."""
     interpolation: str = "bilinear"
@@ -45,6 +48,10 @@ class Preprocessing:
     """Subtracted from red, green, blue in 0..1."""
     std: tuple[float, float, float] = IMAGENET_STD
     """Divides them after that."""
+    fit: Fit = "short"
+    """What becomes a square of side `resize`, of which the crop is cut: ``short``, the largest
+    centred square; ``warp``, the whole image with its sides made equal, as the 2015 training files
+    have it."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.crop <= self.resize <= 4096:
@@ -63,6 +70,10 @@ class Preprocessing:
                 "mean and std are three numbers each, and std is positive.",
                 field="preprocessing.std",
             )
+        if self.fit not in get_args(Fit):
+            raise InvalidInputError(
+                f"fit is {' or '.join(get_args(Fit))}; not {self.fit!r}.", field="preprocessing.fit"
+            )
 
     def resize_crop(self, image: Image.Image) -> NDArray[np.uint8]:
         """Resize and crop.
@@ -78,12 +89,13 @@ class Preprocessing:
             uint8, shape ``[crop, crop, 3]``, a new array.
         """
         width, height = image.size
-        side = min(width, height) * self.crop / self.resize
-        left, top = (width - side) / 2, (height - side) / 2
+        whole = (width, height) if self.fit == "warp" else (min(width, height),) * 2
+        kept_width, kept_height = (length * self.crop / self.resize for length in whole)
+        left, top = (width - kept_width) / 2, (height - kept_height) / 2
         square = image.resize(
             (self.crop, self.crop),
             _FILTERS[self.interpolation],
-            box=(left, top, left + side, top + side),
+            box=(left, top, left + kept_width, top + kept_height),
         )
         return np.asarray(square, dtype=np.uint8)
 
@@ -126,10 +138,15 @@ class Preprocessing:
         return np.ascontiguousarray(self.normalise(self.resize_crop(image)).transpose(2, 0, 1))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plain form that is stored with the weights and hashed into `model_id`."""
+        """Return the plain form that is stored with the weights and hashed into `model_id`.
+
+        `fit` is left out where it is ``short``: models from before there was a choice keep their
+        id.
+        """
         return {
             name: [float(number) for number in value] if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
+            if (name, value) != ("fit", "short")
         }
 
     @classmethod
@@ -142,6 +159,7 @@ class Preprocessing:
                 interpolation=str(plain["interpolation"]),
                 mean=_three(plain["mean"]),
                 std=_three(plain["std"]),
+                fit=plain.get("fit", "short"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidInputError(

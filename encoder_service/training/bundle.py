@@ -14,7 +14,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from encoder_service.training.datasets import (
+from encoder_service.data.idx import (
     FASHION_MNIST_CLASSES,
     find_fashion_mnist,
     read_fashion_mnist,

@@ -51,6 +51,35 @@ def test_wide_and_high_images_lose_their_ends() -> None:
         assert (whole == [0, 0, 255]).all()
 
 
+def test_warping_keeps_all_but_the_rim() -> None:
+    """All sides become one length, then the centre is cut: here the outer tenth goes."""
+    image = Image.new("RGB", (300, 100), "red")
+    image.paste("blue", (40, 15, 260, 85))
+    image.paste("green", (100, 40, 200, 60))
+    warp = Preprocessing(resize=50, crop=40, fit="warp")
+    got = warp.resize_crop(image)
+    # Columns of 6 px and rows of 2 px, without the outer five of each.
+    assert got[0, 0].tolist() == [255, 0, 0]
+    assert got[5, 5].tolist() == [0, 0, 255]
+    assert got[17:23, 14:26].reshape(-1, 3).tolist() == [[0, 128, 0]] * 72
+    usual = np.asarray(image.resize((50, 50), Image.Resampling.BILINEAR).crop((5, 5, 45, 45)))
+    assert np.abs(got.astype(int) - usual).max() <= 1
+
+
+def test_warping_a_square_is_nothing_new() -> None:
+    image = noise(90, 90)
+    warp = Preprocessing(resize=40, crop=32, fit="warp")
+    np.testing.assert_array_equal(warp.resize_crop(image), SMALL.resize_crop(image))
+
+
+def test_models_without_a_choice_of_fit_keep_their_id() -> None:
+    assert "fit" not in SMALL.to_json()
+    assert Preprocessing.from_json(SMALL.to_json()) == SMALL
+    warp = Preprocessing(resize=40, crop=32, fit="warp")
+    assert warp.to_json() == {**SMALL.to_json(), "fit": "warp"}
+    assert Preprocessing.from_json(warp.to_json()) == warp
+
+
 def test_close_to_resizing_first_and_cropping_after() -> None:
     image = noise(90, 60).resize((900, 600), Image.Resampling.BICUBIC)
     resized = image.resize((60, 40), Image.Resampling.BILINEAR)
@@ -93,6 +122,7 @@ def test_deterministic_for_every_size(width: int, height: int, interpolation: st
         {"crop": 0},
         {"resize": 5000, "crop": 10},
         {"interpolation": "nearest"},
+        {"fit": "long"},
         {"std": (0.1, 0.0, 0.1)},
         {"mean": (0.1, 0.1)},
     ],
