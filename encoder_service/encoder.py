@@ -22,6 +22,7 @@ from encoder_service.preprocess import Preprocessing
 from hashlens import codes
 from hashlens.cpus import usable_cpus
 from hashlens.errors import InvalidInputError, LimitError
+from hashlens.types import Classifier
 
 Autocast = Literal["off", "bfloat16", "float16"]
 """Number format of the matrix products on CUDA; ``off`` is float32."""
@@ -134,6 +135,14 @@ class Encoder:
     def data_licence(self) -> str:
         """Licence and source of the data it was trained on."""
         return self._checkpoint.data_licence
+
+    @property
+    def classifier(self) -> Classifier:
+        """The last layer, which reads the class scores off H; copies."""
+        layer = self._network.classifier
+        return Classifier(
+            layer.weight.detach().cpu().numpy().copy(), layer.bias.detach().cpu().numpy().copy()
+        )
 
     @property
     def device(self) -> torch.device:

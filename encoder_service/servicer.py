@@ -19,11 +19,14 @@ from hashlens.errors import HashlensError, InvalidInputError
 from hashlens.rpc.limits import check_size
 from hashlens.rpc.server import deadline_s
 from hashlens.rpc.status import status_of
-from hashlens.types import Encoded, FeatureDtype, ModelInfo
+from hashlens.types import Classifier, Encoded, FeatureDtype, ModelInfo
 from hashlens.v1 import encoder_service_pb2 as enc
 from hashlens.v1 import encoder_service_pb2_grpc as enc_grpc
 
 logger = logging.getLogger(__name__)
+
+_MAX_CLASSIFIER_BYTES = 2**20
+"""A larger classifier stays out of GetModel, which is asked for often."""
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -77,6 +80,7 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
             max_message_bytes=config.max_message_bytes,
             feature_dtype=FeatureDtype(config.feature_dtype),
             device=str(encoder.device),
+            classifier=if_small(encoder.classifier),
         )
         logger.info(
             "model %s: %s, %d bits, F7 %d wide, on %s",
@@ -160,3 +164,9 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
             )
         except InvalidInputError as error:
             raise (error if error.field else error.within(field)) from None
+
+
+def if_small(classifier: Classifier) -> Classifier | None:
+    """Return the classifier, or None if it would make GetModel heavy."""
+    n_bytes = classifier.weights.nbytes + classifier.bias.nbytes
+    return classifier if n_bytes <= _MAX_CLASSIFIER_BYTES else None

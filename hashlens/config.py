@@ -2,7 +2,8 @@
 
 A field of a configuration class is declared with `setting`; `options` turns the class into click
 options. Precedence: command line, then environment (``HASHLENS_<SECTION>_<FIELD>``), then the TOML
-file given by ``--config`` (table ``[<section>]``), then the default.
+file given by ``--config`` (table ``[<section>]``), then the preset that a field names, then the
+default.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import functools
 import tomllib
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,7 +38,13 @@ def setting(default: Any, help: str) -> Any:  # noqa: A002 - click's own word
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-def options(cls: type[T], section: str) -> Callable[[F], F]:
+def options(
+    cls: type[T],
+    section: str,
+    *,
+    preset_field: str = "",
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Callable[[F], F]:
     """Return a decorator that gives a click command an option for each field of `cls`.
 
     The command receives one argument, `config`, an instance of `cls`, beside its own.
@@ -48,6 +55,10 @@ def options(cls: type[T], section: str) -> Callable[[F], F]:
         A dataclass whose fields are declared with `setting`.
     section
         Table of the TOML file, and part of the environment variables' names.
+    preset_field
+        Field whose value names one of `presets`; empty for none.
+    presets
+        By that value, defaults that take the place of the class's own.
     """
     hints = typing.get_type_hints(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
@@ -65,6 +76,7 @@ def options(cls: type[T], section: str) -> Callable[[F], F]:
         for field in reversed(fields):
             kind, optional = _parameter_type(hints[field.name])
             flag = "--" + field.name.replace("_", "-")
+            chooses = field.name == preset_field
             command = click.option(
                 f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
                 field.name,
@@ -74,6 +86,9 @@ def options(cls: type[T], section: str) -> Callable[[F], F]:
                 envvar=f"HASHLENS_{section}_{field.name}".upper(),
                 show_envvar=True,
                 help=field.metadata["help"],
+                # Before the others, whose defaults it decides.
+                is_eager=chooses,
+                callback=functools.partial(_use_preset, presets=presets or {}) if chooses else None,
             )(command)
         config_file = click.option(
             "--config",
@@ -98,6 +113,18 @@ def _parameter_type(hint: Any) -> tuple[Any, bool]:
     if typing.get_origin(kind) is typing.Literal:
         return click.Choice(typing.get_args(kind)), optional
     return (click.Path(path_type=Path) if kind is Path else kind), optional
+
+
+def _use_preset(
+    context: click.Context,
+    parameter: click.Parameter,
+    value: str,
+    *,
+    presets: Mapping[str, Mapping[str, Any]],
+) -> str:
+    """Make the preset click's defaults, below those of the file."""
+    context.default_map = {**presets.get(value, {}), **(context.default_map or {})}
+    return value
 
 
 def _read_file(

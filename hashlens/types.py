@@ -61,7 +61,7 @@ class Rank(enum.Enum):
     EUCLIDEAN = "euclidean"
     """Two stages: Euclidean distance inside the pool, ties by Hamming distance, then id."""
     HAMMING = "hamming"
-    """The coarse stage alone: Hamming distance, ties by id."""
+    """The coarse stage alone: Hamming distance, ties by asymmetric distance, then id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +85,26 @@ class Embedding:
         return 0 if self.feature is None else int(self.feature.shape[0])
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Classifier:
+    """A model's last layer: the class scores are ``weights @ H + bias``."""
+
+    weights: NDArray[np.float32]
+    """Shape ``[n_classes, n_bits]``."""
+    bias: NDArray[np.float32]
+    """Shape ``[n_classes]``."""
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Classifier)
+            and np.array_equal(self.weights, other.weights)
+            and np.array_equal(self.bias, other.bias)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.weights.tobytes(), self.bias.tobytes()))
+
+
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What an encoder says of its model."""
@@ -105,6 +125,8 @@ class ModelInfo:
     feature_dtype: FeatureDtype
     """Number format of features when a request does not say."""
     device: str
+    classifier: Classifier | None = None
+    """Its last layer; None where it takes more than a megabyte."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +246,8 @@ class SearchOptions:
     min_pool: int = 1000
     """Rows the automatic threshold must gather, if there are as many."""
     max_pool: int | None = None
-    """Most rows the fine stage may look at; None for no cap. At least `k`."""
+    """Most rows the fine stage may look at; None for no cap. At least `k`. The first by (Hamming
+    distance, asymmetric distance, age) stay."""
     rank: Rank = Rank.AUTO
     with_payload: bool = True
     with_code: bool = False
@@ -232,6 +255,49 @@ class SearchOptions:
     with_explanation: bool = False
     min_version: int = 0
     """Wait until the replica has applied this version."""
+    ignore_margins: bool = False
+    """Leave the query's margins |H - 0.5| out of the order, as if it came without H."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a model's classifier says of an activation or of a code."""
+
+    class_index: int
+    """Position of the likeliest class in `ReplyExplanation.classes`."""
+    probability: float
+    """Its share of the softmax, 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedBit:
+    """What one bit says, by the classifier's weights from it, centred over the classes."""
+
+    bit: int
+    """Position in the code."""
+    fires_for: tuple[int, ...]
+    """Classes that the set bit speaks clearly for, strongest first; the first eight."""
+    silent_for: tuple[int, ...]
+    """Classes that the clear bit speaks for, likewise."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyExplanation:
+    """What is known of a query's code; hits have an `Explanation` each."""
+
+    code: bytes
+    """The query's code, packed."""
+    certainty: tuple[float, ...] = ()
+    """|H - 0.5| of the query for each bit, 0 to 0.5; empty if the query came without H."""
+    prediction: Prediction | None = None
+    """What the classifier says of the query: of H where it is there, else of the code. None where
+    the classifier is not known."""
+    bits: tuple[ExplainedBit, ...] = ()
+    """Every bit of the code, ascending; empty where the classifier is not known."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes; empty where the classifier is not known."""
+    detail: str = ""
+    """Why the classifier is not known; empty if it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +308,8 @@ class Explanation:
     """Positions where the codes differ, ascending."""
     certainty: tuple[float, ...]
     """|H - 0.5| of the query at those positions, 0 to 0.5; empty if the query came without H."""
+    prediction: Prediction | None = None
+    """What the classifier says of the hit's code; None where the classifier is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +366,9 @@ class Receipt:
     version: int
     """The version of the data that was searched."""
     timings: StageTimings = field(default_factory=StageTimings)
+    margins_used: bool = False
+    """Whether the query's margins |H - 0.5| had a say: they ordered rows of equal Hamming distance,
+    or chose among them whom `max_pool` kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +377,18 @@ class SearchResult:
 
     hits: tuple[Hit, ...]
     receipt: Receipt
+    explanation: ReplyExplanation | None = None
+    """Present when it was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class BallPart:
+    """A part of a ball, as it is streamed."""
+
+    hits: tuple[Hit, ...]
+    """In the order in which they were written; without distances between features."""
+    receipt: Receipt | None
+    """With the last part, and only then; its pool is the whole ball."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,3 +142,14 @@ def options_of(
             f"collection {spec.name!r} holds codes only: rank by HAMMING", field=f"{field}.rank"
         )
     return options
+
+
+def radius_of(radius_bits: int, spec: CollectionSpec, *, field: str) -> int:
+    """Return a radius that the collection's codes can have, or raise InvalidInputError."""
+    if radius_bits > spec.n_bits:
+        raise InvalidInputError(
+            f"{field} is {radius_bits}, but codes of {spec.n_bits} bits are at most "
+            f"{spec.n_bits} apart",
+            field=field,
+        )
+    return radius_bits

@@ -8,6 +8,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from search_service import margins
 from search_service.cancel import Cancel
 from search_service.kernels import hamming
 from search_service.snapshot import Snapshot
@@ -33,6 +34,11 @@ class Pool:
     """Rows of the complete ball at each distance, shape ``[threshold_bits + 1]``."""
     truncated: bool
     """Whether `rows` is less than the complete ball."""
+
+    def radius_of(self, n: int) -> int:
+        """Return the smallest radius within which the ball has `n` rows, or all if it has fewer."""
+        within = np.cumsum(self.histogram)
+        return int(np.searchsorted(within, min(n, within[-1])))
 
 
 class Scratch:
@@ -61,6 +67,7 @@ def find_pool(
     max_rows: int | None,
     scratch: Scratch,
     cancel: Cancel,
+    weights: NDArray[np.uint8] | None = None,
 ) -> Pool:
     """Find the rows within a Hamming radius of a query.
 
@@ -76,11 +83,14 @@ def find_pool(
     n_wanted
         See `radius_bits`; not used if that is given.
     max_rows
-        Keep at most so many, the first by (distance, row). None: keep all.
+        Keep at most so many, the first by (distance, asymmetric distance, row). None: keep all.
     scratch
         Working memory.
     cancel
         Polled between blocks.
+    weights
+        What each bit weighs in the asymmetric distance, see `search_service.margins`: uint8, shape
+        ``[n_bits]``. None: nothing, so that the first by (distance, row) are kept.
 
     Returns
     -------
@@ -109,9 +119,21 @@ def find_pool(
         edge_bits = int(np.searchsorted(ball, max_rows))
     rows, hamming_bits = _collect(distances, nearest, edge_bits, int(ball[edge_bits]))
     if max_rows is not None and rows.shape[0] > max_rows:
-        surplus = np.flatnonzero(hamming_bits == edge_bits)[max_rows - rows.shape[0] :]
+        at_edge = np.flatnonzero(hamming_bits == edge_bits)
+        if weights is not None:
+            asymmetric = margins.distances_to(snapshot, rows[at_edge], query, weights, cancel)
+            at_edge = at_edge[_farthest(asymmetric, rows.shape[0] - max_rows)]
+        surplus = at_edge[max_rows - rows.shape[0] :]
         rows, hamming_bits = np.delete(rows, surplus), np.delete(hamming_bits, surplus)
     return Pool(rows, hamming_bits, threshold_bits, np.diff(ball, prepend=0), truncated)
+
+
+def _farthest(distances: NDArray[np.uint32], n: int) -> NDArray[np.int64]:
+    """Return the positions of the last `n` by (distance, position), in no order; `n` above 0."""
+    edge = np.partition(distances, -n)[-n]
+    beyond = np.flatnonzero(distances > edge)
+    tied = np.flatnonzero(distances == edge)
+    return np.concatenate([beyond, tied[beyond.size - n :]])
 
 
 def _scan(

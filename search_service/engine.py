@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +23,12 @@ from hashlens.types import (
     Hit,
     Rank,
     Receipt,
+    ReplyExplanation,
     SearchOptions,
     SearchResult,
     StageTimings,
 )
-from search_service import coarse, fine
+from search_service import coarse, explain, fine, margins
 from search_service.cancel import Cancel
 from search_service.kernels import select
 from search_service.snapshot import Snapshot
@@ -48,12 +51,16 @@ class Engine:
         query: Embedding,
         options: SearchOptions | None = None,
         cancel: Cancel | None = None,
+        meanings: explain.Meanings | None = None,
     ) -> SearchResult:
         """Find the items most similar to a query.
 
         The coarse stage takes the rows within a Hamming radius, the fine stage orders those by
-        (Euclidean distance, Hamming distance, id), or by (Hamming distance, id) if it is off. The
-        order is total, and distances are the same bits on every machine.
+        (Euclidean distance, Hamming distance, id), or by (Hamming distance, asymmetric distance,
+        id) if it is off. The order is total, and distances are the same bits on every machine.
+
+        The asymmetric distance, see `search_service.margins`, is 0 for a query without activations
+        and where the options say to ignore them.
 
         Parameters
         ----------
@@ -61,11 +68,14 @@ class Engine:
             What to search.
         query
             What to look for: a code as long as the snapshot's, and for the fine stage a finite
-            feature as wide. A float16 feature is widened, which changes nothing.
+            feature as wide. A float16 feature is widened, which changes nothing. Activations, if
+            there are any, one in 0..1 per bit.
         options
             How; default ``SearchOptions()``. `min_version` is not the engine's.
         cancel
             Polled between blocks of work; default: runs to the end.
+        meanings
+            What the snapshot's model makes of codes, for an explanation; default: not known.
 
         Returns
         -------
@@ -84,18 +94,22 @@ class Engine:
         """
         options = options or SearchOptions()
         cancel = cancel or Cancel()
+        meanings = meanings or explain.Meanings()
         check_options(snapshot, options)
         by_feature = _ranks_by_feature(snapshot, options.rank)
         check_query(snapshot, query, with_feature=by_feature)
         with self._turn:
-            return self._search(snapshot, query, options, cancel, by_feature=by_feature)
+            return self._search(snapshot, query, options, cancel, meanings, by_feature=by_feature)
 
     def warm_up(self) -> None:
         """Compile the kernels and start their threads, by searching a tiny snapshot."""
         snapshot = Snapshot.from_arrays(
             np.zeros((2, 1), dtype=np.uint8), n_bits=8, features=np.zeros((2, 1), dtype=np.float32)
         )
-        self.search(snapshot, embedding_of(snapshot, "0"))
+        stored = embedding_of(snapshot, "0")
+        self.search(snapshot, stored)
+        sure = replace(stored, activations=np.zeros(8, dtype=np.float32))
+        self.search(snapshot, sure, SearchOptions(rank=Rank.HAMMING))
 
     def _search(
         self,
@@ -103,30 +117,41 @@ class Engine:
         query: Embedding,
         options: SearchOptions,
         cancel: Cancel,
+        meanings: explain.Meanings,
         *,
         by_feature: bool,
     ) -> SearchResult:
         began_ns = time.perf_counter_ns()
+        words = codes.as_words(_packed(query))[:, 0]
+        weights = margins.weights_of(query, options)
         pool = coarse.find_pool(
             snapshot,
-            codes.as_words(_packed(query))[:, 0],
+            words,
             radius_bits=options.max_hamming_bits,
             n_wanted=max(options.k, options.min_pool),
             max_rows=options.max_pool if by_feature else None,
             scratch=self._scratch,
             cancel=cancel,
+            weights=weights,
         )
         coarse_ns = time.perf_counter_ns() - began_ns
 
         rows, hamming_bits = pool.rows, pool.hamming_bits
+        n_unranked = 0
         distances: NDArray[np.float32] | None = None
         if by_feature:
             has_feature = fine.with_feature(snapshot, rows)
             if has_feature is not None:
                 rows, hamming_bits = rows[has_feature], hamming_bits[has_feature]
+                n_unranked = pool.rows.shape[0] - rows.shape[0]
             vector = np.ascontiguousarray(query.feature, dtype=np.float32)
             distances = fine.distances_to(snapshot, rows, vector, cancel)
             keys = select.euclidean_keys(distances, hamming_bits)
+        elif weights is not None:
+            near = pool.hamming_bits <= pool.radius_of(options.k)
+            rows, hamming_bits = rows[near], hamming_bits[near]
+            asymmetric = margins.distances_to(snapshot, rows, words, weights, cancel)
+            keys = select.hamming_keys(hamming_bits, asymmetric)
         else:
             keys = hamming_bits.astype(np.uint64)
         chosen, ids = select.k_smallest(keys, options.k, lambda i: snapshot.ids_of(rows[i]))
@@ -141,9 +166,13 @@ class Engine:
             ids=ids,
             hamming_bits=hamming_bits[chosen],
             distances=None if distances is None else distances[chosen],
+            meanings=meanings,
+            cancel=cancel,
         )
+        explanation: ReplyExplanation | None = None
+        if options.with_explanation:
+            explanation = explain.explain_query(query, meanings)
         total_ns = time.perf_counter_ns() - began_ns
-        n_unranked = pool.rows.shape[0] - rows.shape[0]
         receipt = Receipt(
             rows_scanned=snapshot.n_alive,
             threshold_bits=pool.threshold_bits,
@@ -160,8 +189,9 @@ class Engine:
                 fetch_ns=total_ns - ranked_ns,
                 total_ns=total_ns,
             ),
+            margins_used=weights is not None and (pool.truncated or not by_feature),
         )
-        return SearchResult(hits, receipt)
+        return SearchResult(hits, receipt, explanation)
 
 
 def embedding_of(snapshot: Snapshot, item_id: str) -> Embedding:
@@ -260,6 +290,7 @@ def check_query(snapshot: Snapshot, query: Embedding, *, with_feature: bool) -> 
             "The code's padding bits are set. Set the unused high bits of the last byte to 0.",
             field="query.embedding.code.bits",
         )
+    margins.check(query)
     if with_feature:
         _check_feature(snapshot, query.feature)
 
@@ -304,14 +335,16 @@ def _hits(
     ids: list[str],
     hamming_bits: NDArray[np.uint16],
     distances: NDArray[np.float32] | None,
+    meanings: explain.Meanings,
+    cancel: Cancel,
 ) -> tuple[Hit, ...]:
     n = len(ids)
     needs_codes = options.with_code or options.with_explanation
     packed = snapshot.codes_of(rows) if needs_codes else None
     payloads = snapshot.payloads_of(rows) if options.with_payload else [b""] * n
-    explanations: list[Explanation | None] = [None] * n
+    explanations: Sequence[Explanation | None] = [None] * n
     if packed is not None and options.with_explanation:
-        explanations = [_explain(query, code) for code in packed]
+        explanations = explain.explain_hits(query, packed, meanings, cancel)
     return tuple(
         Hit(
             id=ids[i],
@@ -330,11 +363,3 @@ def _hits(
             )
         )
     )
-
-
-def _explain(query: Embedding, code: NDArray[np.uint8]) -> Explanation:
-    differing = np.flatnonzero(codes.unpack(_packed(query)[0] ^ code, query.n_bits))
-    certainty: tuple[float, ...] = ()
-    if query.activations is not None:
-        certainty = tuple(np.abs(query.activations[differing] - np.float32(0.5)).tolist())
-    return Explanation(tuple(differing.tolist()), certainty)

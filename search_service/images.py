@@ -18,9 +18,14 @@ from hashlens.errors import (
 )
 from hashlens.types import CollectionSpec, Encoded
 from search_service import checks
+from search_service.explain import Meanings
 
 _CHUNK_IMAGES = 64
 """Images of one EncodeBatch: two of the encoder's default batches, well within its limits."""
+
+_MODEL_S = 2.0
+"""Longest that an explanation waits for the encoder to describe its model. Without it, the answer
+comes with the bits that differ, unexplained."""
 
 
 class ImageEncoder:
@@ -38,6 +43,7 @@ class ImageEncoder:
         self._target = target
         self._max_message_bytes = max_message_bytes
         self._client: AsyncClient | None = None
+        self._meanings: dict[str, Meanings] = {}  # by model id, which fixes the weights
 
     async def __aenter__(self) -> Self:
         if self._target is not None:
@@ -111,6 +117,31 @@ class ImageEncoder:
             self._checked(result, spec, field)
             for result, field in zip(results, fields, strict=True)
         ]
+
+    async def meanings(self, spec: CollectionSpec, *, deadline_s: float) -> Meanings:
+        """Return what a collection's model makes of codes; never raises.
+
+        The encoder is asked once for each model, and waited for at most half of `deadline_s`: an
+        answer without meanings is better than none.
+        """
+        known = self._meanings.get(spec.model_id)
+        if known is not None:
+            return known
+        if self._client is None:
+            return Meanings(detail="This search service has no encoder to ask what the bits mean.")
+        try:
+            model = await self._client.model(deadline_s=min(_MODEL_S, max(deadline_s / 2, 0)))
+        except HashlensError as error:
+            return Meanings(
+                detail=f"The encoder service at {self._target} does not say what the bits mean: "
+                f"{error.message}"
+            )
+        if model.model_id != spec.model_id:
+            return Meanings(
+                detail=f"The encoder service at {self._target} has another model than the "
+                "collection, and cannot say what its bits mean."
+            )
+        return self._meanings.setdefault(spec.model_id, Meanings.of(model))
 
     def _connected(self, field: str) -> AsyncClient:
         if self._client is None:

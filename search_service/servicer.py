@@ -6,10 +6,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import grpc
@@ -26,15 +25,16 @@ from hashlens.rpc.limits import check_size
 from hashlens.rpc.server import deadline_s
 from hashlens.rpc.status import status_of
 from hashlens.types import (
-    EncodeTimings,
     Query,
+    Rank,
     SearchOptions,
     SearchResult,
 )
 from hashlens.v1 import search_service_pb2 as spb
 from hashlens.v1 import search_service_pb2_grpc as spb_grpc
 from search_service import checks, writes
-from search_service.cancel import Cancel
+from search_service.answers import Answerer
+from search_service.ball_stream import Ball, BallStreamer
 from search_service.config import SearchConfig
 from search_service.engine import Engine, embedding_of
 from search_service.executor import Executor
@@ -77,6 +77,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         self._opening: asyncio.Future[Store] | None = None
         self._store: Store
         self._executor: Executor
+        self._balls: BallStreamer
         self._images: ImageEncoder
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -90,6 +91,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
             lambda: Executor(n_threads=config.n_threads, max_queue=config.max_queue)
         )
         self._stack.callback(self._executor.close)
+        self._balls = BallStreamer(self._executor, config.max_message_bytes)
         self._images = await self._stack.enter_async_context(
             ImageEncoder(config.encoder, config.max_message_bytes)
         )
@@ -245,7 +247,8 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         snapshot = await self._reached(collection, options.min_version, ends_s)
         wait_ns = time.monotonic_ns() - started_ns
         self._check_fits(1, snapshot, options)
-        result = await self._answer(snapshot, query, options, collection, ends_s, field="query")
+        answerer = self._answerer(collection, snapshot, options, ends_s)
+        result = await answerer.answer(query, await answerer.meanings(), field="query")
         reply = await _to_proto(result, spec.n_bits)
         reply.receipt.timings.wait_version_ns = wait_ns
         reply.receipt.timings.total_ns = time.monotonic_ns() - started_ns
@@ -270,14 +273,14 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         snapshot = await self._reached(collection, options.min_version, ends_s)
         wait_ns = time.monotonic_ns() - started_ns
         self._check_fits(n, snapshot, options)
+        answerer = self._answerer(collection, snapshot, options, ends_s)
+        meanings = await answerer.meanings()
 
         async def answer(i: int, message: spb.Query) -> spb.SearchBatchResult:
             field = f"queries[{i}]"
             try:
                 query = checks.query_of(message, collection.spec, options.rank, field=field)
-                result = await self._answer(
-                    snapshot, query, options, collection, ends_s, field=field
-                )
+                result = await answerer.answer(query, meanings, field=field)
             except HashlensError as error:
                 return spb.SearchBatchResult(error=status_of(error))
             reply = await _to_proto(result, collection.spec.n_bits)
@@ -289,6 +292,31 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         reply = spb.SearchBatchResponse(results=results)
         check_size(reply.ByteSize(), self._config.max_message_bytes, _ADVICE)
         return reply
+
+    async def StreamBall(  # noqa: N802 - the contract's name
+        self, request: spb.StreamBallRequest, context: _Context
+    ) -> AsyncIterator[spb.StreamBallResponse]:
+        """Send all rows within a radius, in the order in which they were written."""
+        started_ns = time.monotonic_ns()
+        ends_s = self._ends_s(context)
+        collection = await self._collection(request.collection, context)
+        radius_bits = checks.radius_of(request.radius_bits, collection.spec, field="radius_bits")
+        query = checks.query_of(request.query, collection.spec, Rank.HAMMING, field="query")
+        snapshot = await self._reached(collection, request.min_version, ends_s)
+        timings = spb.StageTimings(wait_version_ns=time.monotonic_ns() - started_ns)
+        ball = Ball(
+            snapshot=snapshot,
+            code=await self._code_of(query, snapshot, collection, ends_s, timings),
+            radius_bits=radius_bits,
+            with_payload=request.with_payload,
+            with_code=request.with_code,
+        )
+        exact = not collection.is_lost
+        async for reply in self._balls.stream(ball, ends_s=ends_s, exact=exact):
+            if reply.HasField("receipt"):
+                reply.receipt.timings.MergeFrom(timings)
+                reply.receipt.timings.total_ns = time.monotonic_ns() - started_ns
+            yield reply
 
     # -- helpers ---------------------------------------------------------------------------------
 
@@ -345,44 +373,43 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
             max_message_bytes=self._config.max_message_bytes,
         )
 
-    async def _answer(
+    def _answerer(
+        self, collection: Collection, snapshot: Snapshot, options: SearchOptions, ends_s: float
+    ) -> Answerer:
+        return Answerer(
+            engine=self._engine,
+            executor=self._executor,
+            images=self._images,
+            collection=collection,
+            snapshot=snapshot,
+            options=options,
+            ends_s=ends_s,
+        )
+
+    async def _code_of(
         self,
-        snapshot: Snapshot,
         query: Query,
-        options: SearchOptions,
+        snapshot: Snapshot,
         collection: Collection,
         ends_s: float,
-        *,
-        field: str,
-    ) -> SearchResult:
-        """Turn a query into an embedding and have the engine search."""
-        encode, call_ns = EncodeTimings(), 0
-        embedding = query.embedding
-        if query.image is not None:
-            asked_ns = time.monotonic_ns()
-            encoded = await self._images.encode(
-                query.image,
-                collection.spec,
-                with_activations=options.with_explanation,
-                deadline_s=ends_s - time.monotonic(),
-                field=f"{field}.image",
-            )
-            encode, call_ns = encoded.timings, time.monotonic_ns() - asked_ns
-            embedding = encoded.embedding
-
-        def work(cancel: Cancel) -> SearchResult:
-            # Reading a stored embedding may have to wait for a disk.
-            asked = embedding_of(snapshot, query.id or "") if embedding is None else embedding
-            return self._engine.search(snapshot, asked, options, cancel)
-
-        outcome = await self._executor.run(work, deadline_s=ends_s - time.monotonic())
-        receipt = outcome.value.receipt
-        timings = replace(
-            receipt.timings, encode=encode, encode_call_ns=call_ns, queue_ns=outcome.queue_ns
+        timings: spb.StageTimings,
+    ) -> bytes:
+        """Return a query's code; if the encoder is asked for it, `timings` get what that took."""
+        if query.embedding is not None:
+            return query.embedding.code
+        if query.image is None:  # Reading what is stored may have to wait for a disk.
+            return (await asyncio.to_thread(embedding_of, snapshot, query.id or "")).code
+        asked_ns = time.monotonic_ns()
+        encoded = await self._images.encode(
+            query.image,
+            collection.spec,
+            with_activations=False,
+            deadline_s=ends_s - time.monotonic(),
+            field="query.image",
         )
-        # What a replica that has lost its place still has is not known to be all there is.
-        exact = receipt.exact and not collection.is_lost
-        return replace(outcome.value, receipt=replace(receipt, timings=timings, exact=exact))
+        timings.encode_call_ns = time.monotonic_ns() - asked_ns
+        timings.encode.CopyFrom(convert.encode_timings_to_proto(encoded.timings))
+        return encoded.embedding.code
 
 
 async def _to_proto(result: SearchResult, n_bits: int) -> spb.SearchResponse:

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hashlens.cli.demo_data import load_demo_images
+from hashlens.cli.explained import Words
 from hashlens.cli.extras import require
 from hashlens.cli.ingest import encode_patiently, pipelined
 from hashlens.cli.processes import Services, ServicesConfig, interruptible, running
@@ -35,7 +36,7 @@ from hashlens.cli.text import console, counted, duration, printable
 from hashlens.client import Client
 from hashlens.errors import HashlensError
 from hashlens.evaluation import precision_at
-from hashlens.types import CollectionSpec, Item, SearchOptions, SearchResult
+from hashlens.types import CollectionSpec, Item, Query, SearchOptions, SearchResult
 
 COLLECTION = "demo"
 ENLARGE = 4
@@ -107,6 +108,7 @@ def demo(out: Path, n_images: int | None, n_queries: int) -> None:
         spec = client.create_collection(COLLECTION, expected_rows=len(stored_rows)).spec
         store(client, spec, data, stored_rows, log)
         measured = search(client, data, query_rows, log)
+        explained = explain(client, data, query_rows)
         model = client.model()
     by_label, overall = scores(measured, data)
     report = Report(
@@ -118,7 +120,7 @@ def demo(out: Path, n_images: int | None, n_queries: int) -> None:
         seconds=time.monotonic() - begun,
     )
     show(report)
-    write(report, data, measured, out)
+    write(report, data, measured, explained, out)
     click.echo(f"report   {printable(str(out / 'report.html'))}")
     click.echo(f"summary  {printable(str(out / 'summary.json'))}")
 
@@ -239,16 +241,41 @@ def search(client: Client, data: Dataset, rows: NDArray[np.int64], log: Console)
     return measured
 
 
+def explain(client: Client, data: Dataset, rows: NDArray[np.int64]) -> list[SearchResult]:
+    """Search again for what the report shows, explained; apart, so that no timing has it in."""
+    options = SearchOptions(k=SHOWN_ANSWERS, with_explanation=True)
+    results = []
+    for lo in range(0, len(rows), BATCH_ITEMS):
+        queries = [Query(image=picture_bytes(data, row)) for row in rows[lo : lo + BATCH_ITEMS]]
+        for result in client.search_batch(COLLECTION, queries, options=options):
+            if isinstance(result, HashlensError):
+                raise result
+            results.append(result)
+    return results
+
+
 def answers_of(result: SearchResult, classes: Sequence[str]) -> tuple[Answer, ...]:
     """Return the hits with the labels that were stored with them."""
+    words = None if result.explanation is None else Words(result.explanation)
     answers = []
     for hit in result.hits:
         facts = json.loads(hit.payload)
         assert hit.distance is not None
-        answers.append(
-            Answer(facts["row"], classes.index(facts["label"]), hit.distance, hit.hamming_bits)
-        )
+        answer = Answer(facts["row"], classes.index(facts["label"]), hit.distance, hit.hamming_bits)
+        if words is not None and hit.explanation is not None:
+            answer = replace(answer, seen_as=words.hit(hit), why=words.lines(hit.explanation))
+        answers.append(answer)
     return tuple(answers)
+
+
+def asked_of(row: int, data: Dataset, result: SearchResult) -> Asked:
+    """Return a query as the report shows it."""
+    asked = Asked(row, int(data.labels[row]), answers_of(result, data.classes))
+    if result.explanation is None:
+        return asked
+    words = Words(result.explanation)
+    unsure = "\n".join(words.bit(bit, margin) for bit, margin in words.unsure())
+    return replace(asked, seen_as=words.query, unsure=unsure)
 
 
 def scores(
@@ -356,18 +383,17 @@ def summary(report: Report) -> dict[str, object]:
     }
 
 
-def write(report: Report, data: Dataset, measured: Sequence[Measured], out: Path) -> None:
+def write(
+    report: Report,
+    data: Dataset,
+    measured: Sequence[Measured],
+    explained: Sequence[SearchResult],
+    out: Path,
+) -> None:
     """Write report.html and summary.json."""
     from hashlens.cli.images import png
 
-    asked = [
-        Asked(
-            m.row,
-            int(data.labels[m.row]),
-            answers_of(m.result, data.classes)[:SHOWN_ANSWERS],
-        )
-        for m in measured
-    ]
+    asked = [asked_of(m.row, data, result) for m, result in zip(measured, explained, strict=True)]
     out.mkdir(parents=True, exist_ok=True)
     html = demo_page(report, data.classes, asked, lambda row: png(data.images[row]), CREDIT)
     (out / "report.html").write_text(html, "utf-8")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+from hashlens.cli.explained import Words, differing
 from hashlens.cli.images import thumbnail, thumbnail_of_file
 from hashlens.cli.ingest import pipelined
 from hashlens.cli.markup import Html, data_uri, page, tag
@@ -19,6 +20,9 @@ MAX_SHOWN = 1000
 
 _SIDE = 240
 _WORKERS = 4
+
+_SHOWN_BITS = 12
+"""Differing bits shown of one hit; the title of the rest names them."""
 
 _QUICK = 50
 """So many thumbnails take less than a second, and no bar."""
@@ -44,7 +48,8 @@ def search_page(
     """
     hits = result.hits[:MAX_SHOWN]
     asked = thumbnail_of_file(Path(query), _SIDE) if image is None else thumbnail(image, _SIDE)
-    cards = [_card(n, hit, shown) for n, (hit, shown) in enumerate(_thumbnails(hits), 1)]
+    words = None if result.explanation is None else Words(result.explanation)
+    cards = [_card(n, hit, shown, words) for n, (hit, shown) in enumerate(_thumbnails(hits), 1)]
     cut = "" if len(hits) == len(result.hits) else f", the first {len(hits):,} shown"
     return page(
         f"Similar to {printable(Path(query).name)}",
@@ -64,6 +69,7 @@ def search_page(
                     class_="lead",
                 ),
                 tag("p", receipt_line(result.receipt, call_ms), class_="receipt"),
+                [] if words is None else _query_explained(words),
             ),
             class_="search-header",
         ),
@@ -89,7 +95,45 @@ def _thumbnails(hits: Sequence[Hit]) -> list[tuple[Hit, bytes | None]]:
     return list(zip(hits, shown, strict=True))
 
 
-def _card(n: int, hit: Hit, shown: bytes | None) -> Html:
+def _query_explained(words: Words) -> list[Html]:
+    parts = []
+    if words.query:
+        parts.append(tag("p", "The model sees: ", tag("strong", words.query), class_="seen"))
+    unsure = words.unsure()
+    if unsure:
+        chips = [_chip(words, bit, margin) for bit, margin in unsure]
+        parts.append(tag("p", "Least sure bits: ", chips, class_="bits"))
+    if words.detail:
+        parts.append(tag("p", words.detail, class_="receipt"))
+    return parts
+
+
+def _hit_explained(hit: Hit, words: Words) -> list[Html]:
+    if hit.explanation is None:
+        return []
+    bits = differing(hit.explanation)
+    shown, rest = bits[:_SHOWN_BITS], bits[_SHOWN_BITS:]
+    chips = [_chip(words, bit, margin) for bit, margin in shown]
+    if rest:
+        title = "\n".join(words.bit(bit, margin) for bit, margin in rest)
+        chips.append(tag("span", f"+{len(rest)}", class_="bit", title=title))
+    parts = []
+    if seen := words.hit(hit):
+        parts.append(tag("p", "seen as ", tag("b", seen), class_="seen"))
+    if chips:
+        parts.append(tag("p", "differs in ", chips, class_="bits"))
+    if separation := words.separation(hit.explanation):
+        parts.append(tag("p", separation, class_="separation"))
+    return parts
+
+
+def _chip(words: Words, bit: int, margin: float | None) -> Html:
+    """Return one bit, the fainter the less sure the query was of it."""
+    strength = None if margin is None else f"opacity:{0.5 + margin:.2f}"
+    return tag("span", str(bit), class_="bit", title=words.bit(bit, margin), style=strength)
+
+
+def _card(n: int, hit: Hit, shown: bytes | None, words: Words | None) -> Html:
     path = path_of(hit)
     name = Path(path).name or path
     picture = _picture(shown, printable(name))
@@ -101,6 +145,7 @@ def _card(n: int, hit: Hit, shown: bytes | None) -> Html:
         "li",
         picture,
         tag("p", tag("b", str(n), class_="rank"), tag("span", distance), class_="distances"),
+        [] if words is None else _hit_explained(hit, words),
         tag("p", printable(name), class_="name", title=printable(path)),
     )
 

@@ -46,7 +46,11 @@ def pipelined(work: Callable[[T], R], batches: Iterable[T], workers: int) -> Ite
 
 
 def encode_patiently(
-    client: Client, images: Sequence[bytes], spec: CollectionSpec
+    client: Client,
+    images: Sequence[bytes],
+    spec: CollectionSpec,
+    *,
+    with_activations: bool = False,
 ) -> list[Encoded | HashlensError]:
     """Encode for a collection, coming back for images that an overloaded encoder refused.
 
@@ -67,6 +71,7 @@ def encode_patiently(
             answers = client.encode_batch(
                 [images[i] for i in pending],
                 feature_dtype=spec.feature_dtype,
+                with_activations=with_activations,
                 deadline_s=CALL_DEADLINE_S,
             )
         except OverloadedError as error:

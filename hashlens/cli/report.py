@@ -30,6 +30,10 @@ class Answer:
     label: int
     distance: float
     hamming_bits: int
+    seen_as: str = ""
+    """What its code looks like to the model; empty if that is not known."""
+    why: str = ""
+    """The differing bits, on a line each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,10 @@ class Asked:
     row: int
     label: int
     answers: tuple[Answer, ...]
+    seen_as: str = ""
+    """What it looks like to the model; empty if that is not known."""
+    unsure: str = ""
+    """Its least sure bits, on a line each."""
 
     @property
     def n_right(self) -> int:
@@ -142,7 +150,9 @@ def _header(report: Report) -> Html:
             f"picture's {model.n_bits}-bit code and {model.dim:,}-d feature, gathered a pool by "
             f"Hamming distance among {report.images:,} images, and ranked the pool by Euclidean "
             "distance. An answer is right if it has the query's label. Below each answer stand its "
-            "Euclidean and its Hamming distance.",
+            "Euclidean and its Hamming distance, and the class that the model's classifier reads "
+            "off its code; point at a picture to see which bits differ, or of which bits the query "
+            "was least sure, and what they mean.",
             class_="lead",
         ),
     )
@@ -238,7 +248,13 @@ def _query(query: Asked, classes: Sequence[str], source: Callable[[int], str]) -
         tag(
             "figure",
             tag("img", src=source(query.row), alt=f"query: {label}"),
-            tag("figcaption", tag("b", label), tag("span", f"{n_right} of {of} right")),
+            tag(
+                "figcaption",
+                tag("b", label),
+                tag("span", f"{n_right} of {of} right"),
+                _seen(query.seen_as),
+            ),
+            title=query.unsure or None,
         ),
         tag("ol", [_answer(answer, query.label, classes, source) for answer in query.answers]),
         class_="query" if n_right == of else "query flawed",
@@ -255,5 +271,11 @@ def _answer(
         tag("img", src=source(answer.row), alt=name),
         tag("b", f"✓ {name}" if right else f"✗ {name}"),
         tag("span", f"{answer.distance:.2f} · {counted(answer.hamming_bits, 'bit')}"),
+        _seen(answer.seen_as),
         class_="right" if right else "wrong",
+        title=answer.why or None,
     )
+
+
+def _seen(seen_as: str) -> list[Html]:
+    return [tag("span", f"seen as {seen_as}", class_="seen")] if seen_as else []

@@ -13,6 +13,7 @@ import click
 from rich.table import Table
 
 from hashlens.cli.connect import collection_option, connected, targets
+from hashlens.cli.explained import Words, differing
 from hashlens.cli.extras import require
 from hashlens.cli.text import console, printable, short_path
 from hashlens.errors import InvalidInputError
@@ -20,6 +21,9 @@ from hashlens.types import MAX_K, Hit, Rank, Receipt, SearchOptions, SearchResul
 
 _MAX_COUNT = 2**32 - 1
 """The largest number that the contract can carry."""
+
+_SHOWN_BITS = 8
+"""Differing bits of one hit in a table."""
 
 MAX_QUERY_BYTES = 64 * 2**20
 """Larger files are refused before they are read."""
@@ -53,6 +57,16 @@ MAX_QUERY_BYTES = 64 * 2**20
     show_default=True,
     help="What orders the answers.",
 )
+@click.option(
+    "--ignore-margins",
+    is_flag=True,
+    help="Leave out of the order how sure the query was of each bit.",
+)
+@click.option(
+    "--explain",
+    is_flag=True,
+    help="Show which bits differ, what they mean and what the model sees; implied by --html.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
     "--html",
@@ -69,6 +83,8 @@ def search(
     min_pool: int,
     max_pool: int | None,
     rank: str,
+    ignore_margins: bool,
+    explain: bool,
     as_json: bool,
     html: Path | None,
     search_target: str,
@@ -91,6 +107,8 @@ def search(
         min_pool=min_pool,
         max_pool=max_pool,
         rank=Rank(rank),
+        ignore_margins=ignore_margins,
+        with_explanation=explain or html is not None,
     )
     with connected(search_target, encoder_target) as client:
         begun = time.perf_counter()
@@ -107,6 +125,8 @@ def search(
         return
     if result.hits:
         console().print(as_table(result))
+        for line in explanation_lines(result):
+            console().print(line, style="dim", soft_wrap=True)
     else:
         click.echo("Nothing found.")
     click.echo(receipt_line(result.receipt, call_ms))
@@ -129,11 +149,39 @@ def as_table(result: SearchResult) -> Table:
     table.add_column("#", justify="right", style="dim")
     table.add_column("distance", justify="right")
     table.add_column("bits", justify="right")
+    words = None if result.explanation is None else Words(result.explanation)
+    if words is not None:
+        table.add_column("seen as")
+        table.add_column("differing bits, surest first")
     table.add_column("image", overflow="fold")
     for n, hit in enumerate(result.hits, 1):
         distance = "" if hit.distance is None else f"{hit.distance:.3f}"
-        table.add_row(str(n), distance, str(hit.hamming_bits), short_path(path_of(hit)))
+        cells = [str(n), distance, str(hit.hamming_bits)]
+        if words is not None:
+            cells += [words.hit(hit), _bit_numbers(hit)]
+        table.add_row(*cells, short_path(path_of(hit)))
     return table
+
+
+def _bit_numbers(hit: Hit) -> str:
+    numbers = [] if hit.explanation is None else [str(bit) for bit, _ in differing(hit.explanation)]
+    rest = ["..."] if len(numbers) > _SHOWN_BITS else []
+    return " ".join(numbers[:_SHOWN_BITS] + rest)
+
+
+def explanation_lines(result: SearchResult) -> list[str]:
+    """Return what is known of the query, and of its bits, in a few lines; none without it."""
+    if result.explanation is None:
+        return []
+    words = Words(result.explanation)
+    lines = [f"query seen as {words.query}"] if words.query else []
+    if words.detail:
+        lines.append(words.detail)
+    unsure = words.unsure()
+    if unsure:
+        lines.append("least sure bits of the query:")
+        lines += [f"  {words.bit(bit, margin)}" for bit, margin in unsure]
+    return lines
 
 
 def path_of(hit: Hit) -> str:
@@ -179,9 +227,18 @@ def as_dict(
     """Return an answer as ``--json`` prints it. Keys are added over time, never renamed."""
     receipt = result.receipt
     timings = receipt.timings
+    words = None if result.explanation is None else Words(result.explanation)
+    explained = {} if words is None else {"explanation": words.as_dict()}
+
+    def explanation_of(hit: Hit) -> dict[str, Any]:
+        if words is None or hit.explanation is None:
+            return {}
+        return {"explanation": words.hit_as_dict(hit.explanation)}
+
     return {
         "query": query,
         "collection": collection,
+        **explained,
         "hits": [
             {
                 "rank": n,
@@ -190,6 +247,7 @@ def as_dict(
                 # JSON has no infinity: a distance too large for float32 is null.
                 "distance": hit.distance if math.isfinite(hit.distance or 0) else None,
                 "payload": payload_json(hit),
+                **explanation_of(hit),
             }
             for n, hit in enumerate(result.hits, 1)
         ],
@@ -201,6 +259,7 @@ def as_dict(
             "pool_truncated": receipt.pool_truncated,
             "rows_without_feature": receipt.rows_without_feature,
             "exact": receipt.exact,
+            "margins_used": receipt.margins_used,
             "version": receipt.version,
             "timings_ms": {
                 "decode": timings.encode.decode_ns / 1e6,

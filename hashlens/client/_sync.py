@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ from hashlens.errors import HashlensError
 from hashlens.rpc import limits
 from hashlens.rpc.status import error_of_call
 from hashlens.types import (
+    BallPart,
     CollectionInfo,
     CollectionSpec,
     DeleteResult,
@@ -301,6 +302,57 @@ class Client:
         )
         reply = self._call(self._search.SearchBatch, request, deadline_s)
         return self._wire.search_results(reply)
+
+    def stream_ball(
+        self,
+        collection: str,
+        *,
+        radius_bits: int,
+        image: bytes | None = None,
+        embedding: Embedding | None = None,
+        id: str | None = None,  # noqa: A002 - the contract's word
+        with_payload: bool = True,
+        with_code: bool = False,
+        deadline_s: float | None = None,
+    ) -> Generator[BallPart]:
+        """Return all items within a Hamming radius, part by part, in the order of writing.
+
+        However many there are, neither side holds more than a part. The last part has the receipt.
+        Closing the iterator, or dropping it, stops the server.
+
+        Parameters
+        ----------
+        collection
+            Its name.
+        radius_bits
+            Largest Hamming distance, 0 to the collection's code length.
+        image, embedding, id
+            The centre, exactly one.
+        with_payload, with_code
+            What hits carry beside id and distance.
+        deadline_s
+            Time for the whole ball, reading included, in seconds; None for the client's.
+
+        Raises
+        ------
+        UnavailableError
+            While iterating: the server went away before the end.
+        """
+        query = wire.query_of(image, embedding, id)
+        request = self._wire.ball_request(collection, query, radius_bits, with_payload, with_code)
+        return self._parts(request, deadline_s)
+
+    def _parts(
+        self, request: spb.StreamBallRequest, deadline_s: float | None
+    ) -> Generator[BallPart]:
+        call = self._call(self._search.StreamBall, request, deadline_s)
+        try:
+            for message in call:
+                yield convert.ball_part_from_proto(message)
+        except grpc.RpcError as failure:
+            raise error_of_call(failure) from None
+        finally:
+            call.cancel()
 
     # -- health ----------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from grpc_health.v1 import health_pb2
 
-from hashlens import convert
+from hashlens import codes, convert
 from hashlens.errors import HashlensError, InvalidInputError
 from hashlens.rpc import limits
 from hashlens.rpc.status import error_of
@@ -203,6 +203,26 @@ class Wire:
             else error_of(result.error)
             for result in reply.results
         ]
+
+    def ball_request(
+        self, collection: str, query: Query, radius_bits: int, with_payload: bool, with_code: bool
+    ) -> spb.StreamBallRequest:
+        """Build a StreamBall."""
+        if not 0 <= radius_bits <= codes.MAX_BITS:
+            raise InvalidInputError(
+                f"radius_bits is {radius_bits}: codes have at most {codes.MAX_BITS} bits",
+                field="radius_bits",
+            )
+        request = spb.StreamBallRequest(
+            collection=collection,
+            query=convert.query_to_proto(query),
+            radius_bits=radius_bits,
+            with_payload=with_payload,
+            with_code=with_code,
+            min_version=self.version_of(collection),
+        )
+        self._check_size(request.ByteSize(), "send a smaller picture")
+        return request
 
     # -- helpers ---------------------------------------------------------------------------------
 

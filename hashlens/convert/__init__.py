@@ -29,6 +29,8 @@ from hashlens.convert.embedding import (
     model_to_proto,
 )
 from hashlens.convert.search import (
+    ball_part_from_proto,
+    ball_part_to_proto,
     hit_from_proto,
     hit_to_proto,
     options_from_proto,
@@ -37,11 +39,15 @@ from hashlens.convert.search import (
     query_to_proto,
     receipt_from_proto,
     receipt_to_proto,
+    reply_explanation_from_proto,
+    reply_explanation_to_proto,
     result_from_proto,
     result_to_proto,
 )
 
 __all__ = [
+    "ball_part_from_proto",
+    "ball_part_to_proto",
     "check_collection_name",
     "check_id",
     "code_from_proto",
@@ -67,6 +73,8 @@ __all__ = [
     "query_to_proto",
     "receipt_from_proto",
     "receipt_to_proto",
+    "reply_explanation_from_proto",
+    "reply_explanation_to_proto",
     "result_from_proto",
     "result_to_proto",
     "spec_from_proto",

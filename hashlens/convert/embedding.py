@@ -10,7 +10,14 @@ from numpy.typing import NDArray
 
 from hashlens import codes
 from hashlens.errors import InvalidInputError
-from hashlens.types import MAX_DIM, Embedding, EncodeTimings, FeatureDtype, ModelInfo
+from hashlens.types import (
+    MAX_DIM,
+    Classifier,
+    Embedding,
+    EncodeTimings,
+    FeatureDtype,
+    ModelInfo,
+)
 from hashlens.v1 import embedding_pb2 as epb
 from hashlens.v1 import encoder_service_pb2 as enc
 
@@ -191,11 +198,18 @@ def model_to_proto(model: ModelInfo) -> enc.GetModelResponse:
         licence=model.licence,
         feature_dtype=_DTYPE_TO_PROTO[model.feature_dtype],
         device=model.device,
+        classifier=None if model.classifier is None else _classifier_to_proto(model.classifier),
     )
 
 
 def model_from_proto(message: enc.GetModelResponse) -> ModelInfo:
-    """Return the value."""
+    """Return the value.
+
+    Raises
+    ------
+    InvalidInputError
+        A classifier that does not fit the model's bits and classes, or is not finite.
+    """
     return ModelInfo(
         model_id=message.model_id,
         backbone=message.backbone,
@@ -211,4 +225,31 @@ def model_from_proto(message: enc.GetModelResponse) -> ModelInfo:
         max_message_bytes=message.limits.max_message_bytes,
         feature_dtype=dtype_from_proto(message.feature_dtype) or FeatureDtype.F32,
         device=message.device,
+        classifier=_classifier_from_proto(message) if message.HasField("classifier") else None,
     )
+
+
+def _classifier_to_proto(classifier: Classifier) -> enc.Classifier:
+    return enc.Classifier(
+        weights=classifier.weights.astype("<f4").tobytes(),
+        bias=classifier.bias.astype("<f4").tobytes(),
+    )
+
+
+def _classifier_from_proto(message: enc.GetModelResponse) -> Classifier:
+    """Return read-only views of the message's bytes."""
+    n_classes, n_bits = len(message.classes), message.n_bits
+    weights, bias = message.classifier.weights, message.classifier.bias
+    if len(weights) != 4 * n_classes * n_bits or len(bias) != 4 * n_classes:
+        raise InvalidInputError(
+            f"{len(weights)} and {len(bias)} bytes are no classifier of {n_classes} classes over "
+            f"{n_bits} bits: send float32 numbers, little-endian",
+            field="classifier",
+        )
+    classifier = Classifier(
+        np.frombuffer(weights, dtype="<f4").reshape(n_classes, n_bits),
+        np.frombuffer(bias, dtype="<f4"),
+    )
+    if not (np.isfinite(classifier.weights).all() and np.isfinite(classifier.bias).all()):
+        raise InvalidInputError("the classifier holds NaN or infinity", field="classifier")
+    return classifier

@@ -14,11 +14,15 @@ from hashlens.convert.embedding import (
 from hashlens.errors import InvalidInputError
 from hashlens.types import (
     MAX_K,
+    BallPart,
+    ExplainedBit,
     Explanation,
     Hit,
+    Prediction,
     Query,
     Rank,
     Receipt,
+    ReplyExplanation,
     SearchOptions,
     SearchResult,
     StageTimings,
@@ -72,6 +76,7 @@ def options_to_proto(options: SearchOptions) -> spb.SearchOptions:
         with_feature=options.with_feature,
         with_explanation=options.with_explanation,
         min_version=options.min_version,
+        ignore_margins=options.ignore_margins,
     )
 
 
@@ -103,6 +108,23 @@ def options_from_proto(message: spb.SearchOptions) -> SearchOptions:
         with_feature=message.with_feature,
         with_explanation=message.with_explanation,
         min_version=message.min_version,
+        ignore_margins=message.ignore_margins,
+    )
+
+
+def ball_part_from_proto(message: spb.StreamBallResponse) -> BallPart:
+    """Return the value."""
+    return BallPart(
+        hits=tuple(hit_from_proto(hit) for hit in message.hits),
+        receipt=receipt_from_proto(message.receipt) if message.HasField("receipt") else None,
+    )
+
+
+def ball_part_to_proto(part: BallPart, n_bits: int) -> spb.StreamBallResponse:
+    """Return the wire form; `n_bits` is the width of the collection's codes."""
+    return spb.StreamBallResponse(
+        hits=[hit_to_proto(hit, n_bits) for hit in part.hits],
+        receipt=None if part.receipt is None else receipt_to_proto(part.receipt),
     )
 
 
@@ -116,8 +138,7 @@ def hit_to_proto(hit: Hit, n_bits: int) -> spb.Hit:
     if hit.feature is not None:
         message.feature.CopyFrom(feature_to_proto(hit.feature))
     if hit.explanation is not None:
-        message.explanation.differing_bits.extend(hit.explanation.differing_bits)
-        message.explanation.certainty.extend(hit.explanation.certainty)
+        message.explanation.CopyFrom(_explanation_to_proto(hit.explanation))
     return message
 
 
@@ -131,13 +152,68 @@ def hit_from_proto(message: spb.Hit) -> Hit:
         code=message.code.bits if message.HasField("code") else None,
         feature=feature_from_proto(message.feature) if message.HasField("feature") else None,
         explanation=(
-            Explanation(
-                differing_bits=tuple(message.explanation.differing_bits),
-                certainty=tuple(message.explanation.certainty),
-            )
+            _explanation_from_proto(message.explanation)
             if message.HasField("explanation")
             else None
         ),
+    )
+
+
+def _explanation_to_proto(explanation: Explanation) -> spb.Explanation:
+    return spb.Explanation(
+        differing_bits=explanation.differing_bits,
+        certainty=explanation.certainty,
+        prediction=_prediction_to_proto(explanation.prediction),
+    )
+
+
+def _explanation_from_proto(message: spb.Explanation) -> Explanation:
+    return Explanation(
+        differing_bits=tuple(message.differing_bits),
+        certainty=tuple(message.certainty),
+        prediction=_prediction_from_proto(message),
+    )
+
+
+def _prediction_to_proto(prediction: Prediction | None) -> spb.Prediction | None:
+    if prediction is None:
+        return None
+    return spb.Prediction(class_index=prediction.class_index, probability=prediction.probability)
+
+
+def _prediction_from_proto(holder: spb.Explanation | spb.ReplyExplanation) -> Prediction | None:
+    if not holder.HasField("prediction"):
+        return None
+    return Prediction(holder.prediction.class_index, holder.prediction.probability)
+
+
+def reply_explanation_to_proto(explanation: ReplyExplanation, n_bits: int) -> spb.ReplyExplanation:
+    """Return the wire form; `n_bits` is the width of the query's code."""
+    return spb.ReplyExplanation(
+        code=epb.Code(bits=explanation.code, n_bits=n_bits),
+        certainty=explanation.certainty,
+        prediction=_prediction_to_proto(explanation.prediction),
+        bits=[
+            spb.ExplainedBit(bit=bit.bit, fires_for=bit.fires_for, silent_for=bit.silent_for)
+            for bit in explanation.bits
+        ],
+        classes=explanation.classes,
+        detail=explanation.detail,
+    )
+
+
+def reply_explanation_from_proto(message: spb.ReplyExplanation) -> ReplyExplanation:
+    """Return the value."""
+    return ReplyExplanation(
+        code=message.code.bits,
+        certainty=tuple(message.certainty),
+        prediction=_prediction_from_proto(message),
+        bits=tuple(
+            ExplainedBit(bit.bit, tuple(bit.fires_for), tuple(bit.silent_for))
+            for bit in message.bits
+        ),
+        classes=tuple(message.classes),
+        detail=message.detail,
     )
 
 
@@ -163,6 +239,7 @@ def receipt_to_proto(receipt: Receipt) -> spb.Receipt:
             fetch_ns=timings.fetch_ns,
             total_ns=timings.total_ns,
         ),
+        margins_used=receipt.margins_used,
     )
 
 
@@ -188,6 +265,7 @@ def receipt_from_proto(message: spb.Receipt) -> Receipt:
             fetch_ns=timings.fetch_ns,
             total_ns=timings.total_ns,
         ),
+        margins_used=message.margins_used,
     )
 
 
@@ -196,6 +274,11 @@ def result_to_proto(result: SearchResult, n_bits: int) -> spb.SearchResponse:
     return spb.SearchResponse(
         hits=[hit_to_proto(hit, n_bits) for hit in result.hits],
         receipt=receipt_to_proto(result.receipt),
+        explanation=(
+            None
+            if result.explanation is None
+            else reply_explanation_to_proto(result.explanation, n_bits)
+        ),
     )
 
 
@@ -204,4 +287,9 @@ def result_from_proto(message: spb.SearchResponse) -> SearchResult:
     return SearchResult(
         hits=tuple(hit_from_proto(hit) for hit in message.hits),
         receipt=receipt_from_proto(message.receipt),
+        explanation=(
+            reply_explanation_from_proto(message.explanation)
+            if message.HasField("explanation")
+            else None
+        ),
     )

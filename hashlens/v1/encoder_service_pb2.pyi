@@ -353,6 +353,7 @@ class GetModelResponse(_message.Message):
     LICENCE_FIELD_NUMBER: _builtins.int
     FEATURE_DTYPE_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
+    CLASSIFIER_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """Hash of weights and preprocessing; every embedding carries it."""
     backbone: _builtins.str
@@ -383,6 +384,10 @@ class GetModelResponse(_message.Message):
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Measured when the model was trained, by name; the names say the protocol."""
 
+    @_builtins.property
+    def classifier(self) -> Global___Classifier:
+        """Its last layer, which says what the bits mean; absent where it takes more than a megabyte."""
+
     def __init__(
         self,
         *,
@@ -397,14 +402,41 @@ class GetModelResponse(_message.Message):
         licence: _builtins.str = ...,
         feature_dtype: _embedding_pb2.FeatureDtype.ValueType = ...,
         device: _builtins.str = ...,
+        classifier: Global___Classifier | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "preprocessing", b"preprocessing"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["classifier", b"classifier", "limits", b"limits", "preprocessing", b"preprocessing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backbone", b"backbone", "classes", b"classes", "device", b"device", "dim", b"dim", "feature_dtype", b"feature_dtype", "licence", b"licence", "limits", b"limits", "metrics", b"metrics", "model_id", b"model_id", "n_bits", b"n_bits", "preprocessing", b"preprocessing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backbone", b"backbone", "classes", b"classes", "classifier", b"classifier", "device", b"device", "dim", b"dim", "feature_dtype", b"feature_dtype", "licence", b"licence", "limits", b"limits", "metrics", b"metrics", "model_id", b"model_id", "n_bits", b"n_bits", "preprocessing", b"preprocessing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetModelResponse: _TypeAlias = GetModelResponse  # noqa: Y015
+
+@_typing.final
+class Classifier(_message.Message):
+    """The layer that reads the class scores off the activations H: weights . H + bias."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    BIAS_FIELD_NUMBER: _builtins.int
+    weights: _builtins.bytes
+    """IEEE 754 binary32 numbers, little-endian: n_bits for each class, class by class."""
+    bias: _builtins.bytes
+    """IEEE 754 binary32 numbers, little-endian: one for each class."""
+    def __init__(
+        self,
+        *,
+        weights: _builtins.bytes = ...,
+        bias: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "weights", b"weights"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Classifier: _TypeAlias = Classifier  # noqa: Y015
 
 @_typing.final
 class EncoderLimits(_message.Message):

@@ -33,7 +33,7 @@ class _RankEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Rank.ValueType],
     RANK_EUCLIDEAN: _Rank.ValueType  # 1
     """Euclidean distance inside the pool; ties by Hamming distance, then by id."""
     RANK_HAMMING: _Rank.ValueType  # 2
-    """Hamming distance; ties by id."""
+    """Hamming distance; ties by asymmetric distance, then by id."""
 
 class Rank(_Rank, metaclass=_RankEnumTypeWrapper):
     """What orders an answer."""
@@ -43,7 +43,7 @@ RANK_UNSPECIFIED: Rank.ValueType  # 0
 RANK_EUCLIDEAN: Rank.ValueType  # 1
 """Euclidean distance inside the pool; ties by Hamming distance, then by id."""
 RANK_HAMMING: Rank.ValueType  # 2
-"""Hamming distance; ties by id."""
+"""Hamming distance; ties by asymmetric distance, then by id."""
 Global___Rank: _TypeAlias = Rank  # noqa: Y015
 
 @_typing.final
@@ -703,6 +703,7 @@ class SearchOptions(_message.Message):
     WITH_FEATURE_FIELD_NUMBER: _builtins.int
     WITH_EXPLANATION_FIELD_NUMBER: _builtins.int
     MIN_VERSION_FIELD_NUMBER: _builtins.int
+    IGNORE_MARGINS_FIELD_NUMBER: _builtins.int
     k: _builtins.int
     """Hits wanted, 1 to 100,000; required."""
     max_hamming_bits: _builtins.int
@@ -712,8 +713,8 @@ class SearchOptions(_message.Message):
     min_pool: _builtins.int
     """See max_hamming_bits; absent means 1000."""
     max_pool: _builtins.int
-    """Most rows that the fine stage may look at, at least k; the nearest by (Hamming distance, age)
-    stay. Absent: no cap.
+    """Most rows that the fine stage may look at, at least k; the first by (Hamming distance,
+    asymmetric distance, age) stay. Absent: no cap.
     """
     rank: Global___Rank.ValueType
     """What orders the answer."""
@@ -724,9 +725,13 @@ class SearchOptions(_message.Message):
     with_feature: _builtins.bool
     """Return features; a thousand of 4096 numbers are 8 to 16 MB."""
     with_explanation: _builtins.bool
-    """Say which bits differ and how sure the query was of each."""
+    """Say which bits differ, how sure the query was of each, what the bits mean, and which class the
+    classifier sees in the query and in each hit.
+    """
     min_version: _builtins.int
     """Wait until the replica has applied this version; DEADLINE_EXCEEDED if it does not in time."""
+    ignore_margins: _builtins.bool
+    """Leave the query's margins |H - 0.5| out of the order, as if it came without activations."""
     def __init__(
         self,
         *,
@@ -740,10 +745,11 @@ class SearchOptions(_message.Message):
         with_feature: _builtins.bool = ...,
         with_explanation: _builtins.bool = ...,
         min_version: _builtins.int = ...,
+        ignore_margins: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_hamming_bits", b"_max_hamming_bits", "_max_pool", b"_max_pool", "_min_pool", b"_min_pool", "max_hamming_bits", b"max_hamming_bits", "max_pool", b"max_pool", "min_pool", b"min_pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_hamming_bits", b"_max_hamming_bits", "_max_pool", b"_max_pool", "_min_pool", b"_min_pool", "k", b"k", "max_hamming_bits", b"max_hamming_bits", "max_pool", b"max_pool", "min_pool", b"min_pool", "min_version", b"min_version", "rank", b"rank", "with_code", b"with_code", "with_explanation", b"with_explanation", "with_feature", b"with_feature", "with_payload", b"with_payload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_hamming_bits", b"_max_hamming_bits", "_max_pool", b"_max_pool", "_min_pool", b"_min_pool", "ignore_margins", b"ignore_margins", "k", b"k", "max_hamming_bits", b"max_hamming_bits", "max_pool", b"max_pool", "min_pool", b"min_pool", "min_version", b"min_version", "rank", b"rank", "with_code", b"with_code", "with_explanation", b"with_explanation", "with_feature", b"with_feature", "with_payload", b"with_payload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_hamming_bits: _TypeAlias = _typing.Literal["max_hamming_bits"]  # noqa: Y015
     _WhichOneofArgType__max_hamming_bits: _TypeAlias = _typing.Literal["_max_hamming_bits", b"_max_hamming_bits"]  # noqa: Y015
@@ -795,6 +801,122 @@ class SearchRequest(_message.Message):
 Global___SearchRequest: _TypeAlias = SearchRequest  # noqa: Y015
 
 @_typing.final
+class Prediction(_message.Message):
+    """What a model's classifier says of an activation or of a code."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLASS_INDEX_FIELD_NUMBER: _builtins.int
+    PROBABILITY_FIELD_NUMBER: _builtins.int
+    class_index: _builtins.int
+    """Position of the likeliest class in ReplyExplanation.classes."""
+    probability: _builtins.float
+    """Its share of the softmax, 0 to 1."""
+    def __init__(
+        self,
+        *,
+        class_index: _builtins.int = ...,
+        probability: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["class_index", b"class_index", "probability", b"probability"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Prediction: _TypeAlias = Prediction  # noqa: Y015
+
+@_typing.final
+class ExplainedBit(_message.Message):
+    """What one bit says, by the classifier's weights from it, centred over the classes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BIT_FIELD_NUMBER: _builtins.int
+    FIRES_FOR_FIELD_NUMBER: _builtins.int
+    SILENT_FOR_FIELD_NUMBER: _builtins.int
+    bit: _builtins.int
+    """Position in the code."""
+    @_builtins.property
+    def fires_for(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Positions in ReplyExplanation.classes of those that the set bit speaks clearly for, strongest
+        first; the first eight.
+        """
+
+    @_builtins.property
+    def silent_for(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Those that the clear bit speaks for, likewise."""
+
+    def __init__(
+        self,
+        *,
+        bit: _builtins.int = ...,
+        fires_for: _abc.Iterable[_builtins.int] | None = ...,
+        silent_for: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bit", b"bit", "fires_for", b"fires_for", "silent_for", b"silent_for"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainedBit: _TypeAlias = ExplainedBit  # noqa: Y015
+
+@_typing.final
+class ReplyExplanation(_message.Message):
+    """What is known of a query's code; hits have an Explanation each."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CERTAINTY_FIELD_NUMBER: _builtins.int
+    PREDICTION_FIELD_NUMBER: _builtins.int
+    BITS_FIELD_NUMBER: _builtins.int
+    CLASSES_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
+    detail: _builtins.str
+    """Why the classifier is not known; empty if it is."""
+    @_builtins.property
+    def certainty(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """|H - 0.5| of the query for each bit of the code; empty if the query came without activations."""
+
+    @_builtins.property
+    def prediction(self) -> Global___Prediction:
+        """What the classifier says of the query: of H where it is there, else of the code. Absent where
+        the classifier is not known, see detail.
+        """
+
+    @_builtins.property
+    def bits(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExplainedBit]:
+        """Every bit of the code, ascending; empty where the classifier is not known."""
+
+    @_builtins.property
+    def classes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the classes; empty where the classifier is not known."""
+
+    @_builtins.property
+    def code(self) -> _embedding_pb2.Code:
+        """The query's code."""
+
+    def __init__(
+        self,
+        *,
+        certainty: _abc.Iterable[_builtins.float] | None = ...,
+        prediction: Global___Prediction | None = ...,
+        bits: _abc.Iterable[Global___ExplainedBit] | None = ...,
+        classes: _abc.Iterable[_builtins.str] | None = ...,
+        detail: _builtins.str = ...,
+        code: _embedding_pb2.Code | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "prediction", b"prediction"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bits", b"bits", "certainty", b"certainty", "classes", b"classes", "code", b"code", "detail", b"detail", "prediction", b"prediction"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplyExplanation: _TypeAlias = ReplyExplanation  # noqa: Y015
+
+@_typing.final
 class Explanation(_message.Message):
     """Why a hit's code is as far as it is."""
 
@@ -802,6 +924,7 @@ class Explanation(_message.Message):
 
     DIFFERING_BITS_FIELD_NUMBER: _builtins.int
     CERTAINTY_FIELD_NUMBER: _builtins.int
+    PREDICTION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def differing_bits(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Positions where the codes differ, ascending."""
@@ -810,15 +933,20 @@ class Explanation(_message.Message):
     def certainty(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """|H - 0.5| of the query at those positions; empty if the query came without activations."""
 
+    @_builtins.property
+    def prediction(self) -> Global___Prediction:
+        """What the classifier says of the hit's code; absent where ReplyExplanation.detail says why."""
+
     def __init__(
         self,
         *,
         differing_bits: _abc.Iterable[_builtins.int] | None = ...,
         certainty: _abc.Iterable[_builtins.float] | None = ...,
+        prediction: Global___Prediction | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prediction", b"prediction"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["certainty", b"certainty", "differing_bits", b"differing_bits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certainty", b"certainty", "differing_bits", b"differing_bits", "prediction", b"prediction"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -945,6 +1073,7 @@ class Receipt(_message.Message):
     EXACT_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    MARGINS_USED_FIELD_NUMBER: _builtins.int
     rows_scanned: _builtins.int
     """Alive rows that the coarse stage compared."""
     threshold_bits: _builtins.int
@@ -959,6 +1088,10 @@ class Receipt(_message.Message):
     """Whether the answer provably equals the two-stage definition with threshold_bits."""
     version: _builtins.int
     """The version of the data that was searched."""
+    margins_used: _builtins.bool
+    """Whether the query's margins |H - 0.5| had a say: they ordered rows of equal Hamming distance,
+    or chose among them whom max_pool kept.
+    """
     @_builtins.property
     def pool_histogram(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Alive rows at each Hamming distance from 0 to threshold_bits, before any cut."""
@@ -979,10 +1112,11 @@ class Receipt(_message.Message):
         exact: _builtins.bool = ...,
         version: _builtins.int = ...,
         timings: Global___StageTimings | None = ...,
+        margins_used: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exact", b"exact", "pool_histogram", b"pool_histogram", "pool_size", b"pool_size", "pool_truncated", b"pool_truncated", "rows_scanned", b"rows_scanned", "rows_without_feature", b"rows_without_feature", "threshold_bits", b"threshold_bits", "timings", b"timings", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exact", b"exact", "margins_used", b"margins_used", "pool_histogram", b"pool_histogram", "pool_size", b"pool_size", "pool_truncated", b"pool_truncated", "rows_scanned", b"rows_scanned", "rows_without_feature", b"rows_without_feature", "threshold_bits", b"threshold_bits", "timings", b"timings", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -996,6 +1130,7 @@ class SearchResponse(_message.Message):
 
     HITS_FIELD_NUMBER: _builtins.int
     RECEIPT_FIELD_NUMBER: _builtins.int
+    EXPLANATION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hit]:
         """Best first. Fewer than k if the pool holds fewer."""
@@ -1004,15 +1139,20 @@ class SearchResponse(_message.Message):
     def receipt(self) -> Global___Receipt:
         """How it came about."""
 
+    @_builtins.property
+    def explanation(self) -> Global___ReplyExplanation:
+        """If asked for."""
+
     def __init__(
         self,
         *,
         hits: _abc.Iterable[Global___Hit] | None = ...,
         receipt: Global___Receipt | None = ...,
+        explanation: Global___ReplyExplanation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["explanation", b"explanation", "receipt", b"receipt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hits", b"hits", "receipt", b"receipt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["explanation", b"explanation", "hits", b"hits", "receipt", b"receipt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1119,6 +1259,7 @@ class StreamBallRequest(_message.Message):
     RADIUS_BITS_FIELD_NUMBER: _builtins.int
     WITH_PAYLOAD_FIELD_NUMBER: _builtins.int
     MIN_VERSION_FIELD_NUMBER: _builtins.int
+    WITH_CODE_FIELD_NUMBER: _builtins.int
     collection: _builtins.str
     """The collection's name."""
     radius_bits: _builtins.int
@@ -1127,6 +1268,8 @@ class StreamBallRequest(_message.Message):
     """Return payloads."""
     min_version: _builtins.int
     """Wait until the replica has applied this version."""
+    with_code: _builtins.bool
+    """Return codes."""
     @_builtins.property
     def query(self) -> Global___Query:
         """Its centre."""
@@ -1139,10 +1282,11 @@ class StreamBallRequest(_message.Message):
         radius_bits: _builtins.int = ...,
         with_payload: _builtins.bool = ...,
         min_version: _builtins.int = ...,
+        with_code: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["query", b"query"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "min_version", b"min_version", "query", b"query", "radius_bits", b"radius_bits", "with_payload", b"with_payload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "min_version", b"min_version", "query", b"query", "radius_bits", b"radius_bits", "with_code", b"with_code", "with_payload", b"with_payload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1150,7 +1294,7 @@ Global___StreamBallRequest: _TypeAlias = StreamBallRequest  # noqa: Y015
 
 @_typing.final
 class StreamBallResponse(_message.Message):
-    """A part of the ball."""
+    """A part of the ball, at most a thousand rows."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1158,11 +1302,13 @@ class StreamBallResponse(_message.Message):
     RECEIPT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hit]:
-        """Its rows, in the order in which they were written."""
+        """Its rows, in the order in which they were written. All parts are of one version of the data."""
 
     @_builtins.property
     def receipt(self) -> Global___Receipt:
-        """On the last message only."""
+        """On the last message only, which always comes: without it the ball is not complete. Its pool is
+        the ball.
+        """
 
     def __init__(
         self,

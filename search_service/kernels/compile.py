@@ -31,6 +31,7 @@ I64_IN = types.Array(types.int64, 1, "C", readonly=True)
 F32_IN = types.Array(types.float32, 1, "C", readonly=True)
 U16_OUT = types.Array(types.uint16, 1, "C")
 I64_OUT = types.Array(types.int64, 1, "C")
+U32_OUT = types.Array(types.uint32, 1, "C")
 F32_OUT = types.Array(types.float32, 1, "C")
 I64_OUT_2D = types.Array(types.int64, 2, "C")
 

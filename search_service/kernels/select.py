@@ -33,6 +33,29 @@ def euclidean_keys(
     return keys
 
 
+def hamming_keys(
+    hamming_bits: NDArray[np.uint16], asymmetric: NDArray[np.uint32]
+) -> NDArray[np.uint64]:
+    """Pack (Hamming distance, asymmetric distance) into integers of the same order.
+
+    Parameters
+    ----------
+    hamming_bits
+        uint16, shape ``[n]``.
+    asymmetric
+        uint32, shape ``[n]``.
+
+    Returns
+    -------
+    ndarray
+        uint64, shape ``[n]``.
+    """
+    keys = hamming_bits.astype(np.uint64)
+    keys <<= np.uint64(32)
+    keys |= asymmetric
+    return keys
+
+
 def k_smallest(
     keys: NDArray[np.uint64], k: int, ids_of: Callable[[NDArray[np.int64]], list[str]]
 ) -> tuple[NDArray[np.int64], list[str]]:

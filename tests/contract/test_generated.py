@@ -50,10 +50,14 @@ def test_the_services_have_the_methods_of_the_design() -> None:
     }
 
 
+STREAMS = {"stream_ball"}
+"""Verbs that return an iterator, which the asynchronous client's caller iterates asynchronously."""
+
+
 def test_both_clients_have_the_same_verbs_and_signatures() -> None:
     def verbs(client: type) -> dict[str, str]:
         return {
-            name: str(inspect.signature(method))
+            name: str(inspect.signature(method)).replace("AsyncGenerator[", "Generator[")
             for name, method in inspect.getmembers(client, inspect.isfunction)
             if not name.startswith("_")
         }
@@ -62,4 +66,4 @@ def test_both_clients_have_the_same_verbs_and_signatures() -> None:
     asynchronous = {
         name for name in verbs(AsyncClient) if inspect.iscoroutinefunction(vars(AsyncClient)[name])
     }
-    assert asynchronous == set(verbs(AsyncClient))
+    assert asynchronous == set(verbs(AsyncClient)) - STREAMS

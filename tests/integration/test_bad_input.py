@@ -235,7 +235,6 @@ def test_streams_are_not_served_yet(
     search_stub: spb_grpc.SearchServiceStub, encoder_stub: enc_grpc.EncoderServiceStub
 ) -> None:
     for call in (
-        search_stub.StreamBall(spb.StreamBallRequest(), timeout=20),
         search_stub.UpsertStream(iter([spb.UpsertStreamRequest()]), timeout=20),
         encoder_stub.EncodeStream(iter([enc.EncodeStreamRequest()]), timeout=20),
     ):

@@ -161,11 +161,26 @@ def test_search_by_image_and_by_id(
 
     html = tmp_path / "gallery.html"
     hashlens("search", query, "-c", collection, "-k", "5", "--html", html)
-    assert html.read_text("utf-8").count("data:image/webp;base64,") == 6
+    page = html.read_text("utf-8")
+    assert page.count("data:image/webp;base64,") == 6
+    assert "The model sees" in page, "explained without being asked to"
+    assert "query margin" in page
+
+    explain = ("-c", collection, "-k", "5", "--explain")
+    explained = summary_of(hashlens("search", query, *explain, "--json"))
+    assert len(explained["explanation"]["bits"]) == len(explained["explanation"]["certainty"]) == 48
+    for hit in explained["hits"]:
+        assert len(hit["explanation"]["differing_bits"]) == hit["hamming_bits"]
+    shown = hashlens("search", query, *explain).stdout
+    assert f"query seen as {explained['explanation']['predicted']['class']}" in shown
+    assert shown.count("query margin") == 6
 
     coarse = ("--rank", "hamming", "--max-hamming", "2", "--json")
     hits = summary_of(hashlens("search", query, "-c", collection, *coarse))["hits"]
     assert all(hit["distance"] is None and hit["hamming_bits"] <= 2 for hit in hits)
+    for flags, used in (((), True), (("--ignore-margins",), False)):
+        found = summary_of(hashlens("search", query, "-c", collection, *coarse, *flags))
+        assert found["receipt"]["margins_used"] is used
 
 
 @pytest.mark.parametrize(

@@ -149,8 +149,17 @@ def naive_answer(
         threshold = sorted(hamming)[wanted - 1]
     rows = [row for row, bits in enumerate(hamming) if bits <= threshold]
     if options.rank is Rank.HAMMING:
-        order = sorted((hamming[row], f"{row:03}") for row in rows)
-        return [(item_id, bits, None) for bits, item_id in order[: options.k]]
+        assert query.activations is not None
+        weights = [round(510 * abs(float(h) - 0.5)) for h in query.activations]
+        if options.ignore_margins:
+            weights = [0] * query.n_bits
+
+        def asymmetric(row: int) -> int:
+            differing = query_bits ^ int.from_bytes(stored[row].code, "little")
+            return sum(weight for i, weight in enumerate(weights) if differing >> i & 1)
+
+        order = sorted((hamming[row], asymmetric(row), f"{row:03}") for row in rows)
+        return [(item_id, bits, None) for bits, _, item_id in order[: options.k]]
     assert query.feature is not None
     q = query.feature.astype(np.float64)
     keyed = [
@@ -172,6 +181,8 @@ def naive_answer(
         SearchOptions(k=3, max_hamming_bits=0),
         SearchOptions(k=40, rank=Rank.HAMMING, min_pool=0),
         SearchOptions(k=40, rank=Rank.HAMMING, max_hamming_bits=10),
+        SearchOptions(k=200, rank=Rank.HAMMING),
+        SearchOptions(k=200, rank=Rank.HAMMING, ignore_margins=True),
     ],
     ids=repr,
 )

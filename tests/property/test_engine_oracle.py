@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hashlens import codes
 from hashlens.types import Embedding, Rank, SearchOptions, SearchResult
-from search_service import coarse, fine
+from search_service import coarse, fine, margins
 from search_service.engine import Engine
 from search_service.snapshot import Snapshot
 from tests.reference import search as slow
@@ -61,6 +61,12 @@ def tables(draw: st.DrawFn) -> tuple[slow.Table, Snapshot, Embedding]:
         n_bits=n_bits,
         model_id="",
         feature=rng.integers(0, levels, dim).astype(np.float32) if dim else None,
+        # They need not agree with the code. Few levels make ties.
+        activations={
+            "none": None,
+            "few": rng.choice([0, 0.25, 0.5, 1], n_bits).astype(np.float32),
+            "many": rng.random(n_bits).astype(np.float32),
+        }[draw(st.sampled_from(["none", "few", "many"]))],
     )
     return table, snapshot, query
 
@@ -74,6 +80,7 @@ def options(draw: st.DrawFn, n_bits: int) -> SearchOptions:
         min_pool=draw(st.sampled_from([0, 1, 20, 1000])),
         max_pool=draw(st.none() | st.integers(k, 2 * k)),
         rank=draw(st.sampled_from([Rank.AUTO, Rank.HAMMING])),
+        ignore_margins=draw(st.sampled_from([False, False, True])),
     )
 
 
@@ -91,6 +98,7 @@ def assert_same(result: SearchResult, want: slow.Answer) -> None:
 def compare(made: tuple[slow.Table, Snapshot, Embedding], chosen: SearchOptions) -> None:
     table, snapshot, query = made
     by_feature = chosen.rank is Rank.AUTO and snapshot.dim > 0
+    activations = None if chosen.ignore_margins else query.activations
     want = slow.search(
         table,
         query.code,
@@ -100,11 +108,14 @@ def compare(made: tuple[slow.Table, Snapshot, Embedding], chosen: SearchOptions)
         min_pool=chosen.min_pool,
         max_pool=chosen.max_pool,
         by_feature=by_feature,
+        activations=activations,
     )
     result = ENGINE.search(snapshot, query, chosen)
     assert_same(result, want)
     assert result.receipt.rows_scanned == snapshot.n_alive
     assert result.receipt.version == 7
+    has_a_say = not by_feature or want.truncated
+    assert result.receipt.margins_used == (activations is not None and has_a_say)
 
 
 @settings(max_examples=120)
@@ -119,6 +130,7 @@ def test_same_answer_in_many_small_blocks(data: st.DataObject, made: Any) -> Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(coarse, "_SCAN_ROWS", 64)
         patch.setattr(fine, "_BLOCK_ROWS", 7)
+        patch.setattr(margins, "_BLOCK_ROWS", 7)
         compare(made, data.draw(options(made[1].n_bits)))
 
 

@@ -12,6 +12,15 @@ def hamming(a: bytes, b: bytes) -> int:
     return sum(bin(x ^ y).count("1") for x, y in zip(a, b, strict=True))
 
 
+def asymmetric(a: bytes, b: bytes, weights: Sequence[int]) -> int:
+    """Add up the weights of the differing bits of two packed codes."""
+    return sum(
+        weight
+        for i, weight in enumerate(weights)
+        if (a[i // 8] >> i % 8 & 1) != (b[i // 8] >> i % 8 & 1)
+    )
+
+
 def euclidean(row: np.ndarray, query: np.ndarray) -> np.float32:
     """Add up squares number by number, in the order that the kernel's docstring defines."""
     lanes = [np.float32(0)] * 32

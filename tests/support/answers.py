@@ -10,12 +10,13 @@ import hashlib
 import logging
 import sys
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from hashlens import codes
-from hashlens.types import SearchOptions
+from hashlens.types import Rank, SearchOptions
 from search_service.engine import Engine, embedding_of
 from search_service.executor import Executor
 from search_service.kernels import euclidean
@@ -36,6 +37,8 @@ def digest(n_threads: int) -> str:
         for dtype, scale in ((np.float32, 1), (np.float16, 1e-6), (np.float16, 100))
     ]
     options = SearchOptions(k=50, min_pool=3000)
+    soft = replace(options, rank=Rank.HAMMING)
+    activations = rng.random(100).astype(np.float32)
     found: dict[int, Any] = {}
     with Executor(n_threads=n_threads) as executor:
         engine = Engine()
@@ -43,10 +46,13 @@ def digest(n_threads: int) -> str:
 
         def ask(i: int) -> None:
             snapshot = snapshots[i % 3]
-            query = embedding_of(snapshot, str(i))
-            found[i] = executor.run_blocking(
-                lambda cancel: engine.search(snapshot, query, options, cancel)
-            ).value.hits
+            query = replace(embedding_of(snapshot, str(i)), activations=activations)
+            found[i] = [
+                executor.run_blocking(
+                    lambda cancel, asked=asked: engine.search(snapshot, query, asked, cancel)
+                ).value.hits
+                for asked in (options, soft)
+            ]
 
         callers = [threading.Thread(target=ask, args=(i,)) for i in range(12)]
         for caller in callers:

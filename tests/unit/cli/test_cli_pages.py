@@ -210,8 +210,8 @@ def report_of(classes: tuple[str, ...]) -> Report:
 
 def test_the_report_marks_right_and_wrong() -> None:
     classes = (EVIL, "Bag")
-    answers = (Answer(1, 0, 1.25, 1), Answer(2, 1, 2.5, 3))
-    asked = [Asked(0, 0, answers), Asked(3, 1, (Answer(2, 1, 0.5, 0),))]
+    answers = (Answer(1, 0, 1.25, 1, "Bag 87%", f"bit 3: {EVIL}\nbit 4"), Answer(2, 1, 2.5, 3))
+    asked = [Asked(0, 0, answers, "Bag 53%", "bit 9"), Asked(3, 1, (Answer(2, 1, 0.5, 0),))]
     drawn: list[int] = []
 
     def draw(row: int) -> bytes:
@@ -223,11 +223,16 @@ def test_the_report_marks_right_and_wrong() -> None:
     assert sorted(drawn) == [0, 1, 2, 3], "each picture is made once"
     assert page.count('class="query flawed"') == 1
     assert page.count('class="query"') == 1
-    rights = re.findall(r'<li class="right">.*?</li>', page)
-    wrongs = re.findall(r'<li class="wrong">.*?</li>', page)
+    rights = re.findall(r'<li class="right".*?</li>', page, re.DOTALL)
+    wrongs = re.findall(r'<li class="wrong".*?</li>', page)
     assert [len(rights), len(wrongs)] == [2, 1]
     assert "✓" in rights[0]
     assert "1.25 · 1 bit<" in rights[0]
+    assert "seen as Bag 87%" in rights[0]
+    assert "bit 4" in rights[0]
+    assert "seen as Bag 53%" in page
+    assert 'title="bit 9"' in page
+    assert "seen as" not in wrongs[0]
     assert "✗ Bag" in wrongs[0]
     assert "2.50 · 3 bits" in wrongs[0]
 

@@ -14,8 +14,10 @@ from encoder_service.encoder import Encoder, resolve_device
 from encoder_service.model.checkpoint import Checkpoint
 from encoder_service.model.network import HashNet
 from encoder_service.preprocess import Preprocessing
+from encoder_service.servicer import if_small
 from hashlens import codes
 from hashlens.errors import InvalidInputError
+from hashlens.types import Classifier
 from tests.unit.encoder.conftest import make_checkpoint
 
 N = 40
@@ -147,6 +149,26 @@ def test_facts(encoder: Encoder) -> None:
     assert encoder.metrics == {"test_accuracy": 0.5}
     assert encoder.data_licence == "CC0"
     assert encoder.device == torch.device("cpu")
+
+
+def test_the_classifier_is_the_networks(checkpoint: Checkpoint) -> None:
+    classifier = Encoder(checkpoint, device="cpu").classifier
+    h = np.random.default_rng(0).random((5, checkpoint.n_bits)).astype(np.float32)
+    want = checkpoint.network.classifier(torch.from_numpy(h)).detach().numpy()
+    assert h @ classifier.weights.T + classifier.bias == pytest.approx(want, abs=1e-5)
+    assert classifier.weights.dtype == classifier.bias.dtype == np.float32
+    before = classifier.weights.copy()
+    with torch.no_grad():
+        checkpoint.network.classifier.weight.zero_()
+    assert np.array_equal(classifier.weights, before), "a copy"
+
+
+@pytest.mark.parametrize(("n_classes", "is_small"), [(1020, True), (1021, False)])
+def test_a_classifier_of_more_than_a_megabyte_stays_at_home(n_classes: int, is_small: bool) -> None:
+    classifier = Classifier(
+        np.zeros((n_classes, 256), dtype=np.float32), np.zeros(n_classes, dtype=np.float32)
+    )
+    assert if_small(classifier) is (classifier if is_small else None)
 
 
 def test_alexnet_end_to_end() -> None:

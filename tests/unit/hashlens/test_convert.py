@@ -17,18 +17,22 @@ from hypothesis import strategies as st
 from hashlens import codes, convert
 from hashlens.errors import InvalidInputError
 from hashlens.types import (
+    Classifier,
     CollectionInfo,
     CollectionSpec,
     Embedding,
     EncodeTimings,
+    ExplainedBit,
     Explanation,
     FeatureDtype,
     Hit,
     Item,
     ModelInfo,
+    Prediction,
     Query,
     Rank,
     Receipt,
+    ReplyExplanation,
     SearchOptions,
     SearchResult,
     StageTimings,
@@ -97,6 +101,10 @@ timings = st.builds(
     batch_items=st.integers(0, 1000),
 )
 small = st.integers(0, 512)
+certainties = st.lists(st.floats(0, 0.5, width=32), max_size=3).map(tuple)
+predictions = st.none() | st.builds(
+    Prediction, class_index=small, probability=st.floats(0, 1, width=32)
+)
 hits = st.builds(
     Hit,
     id=st.text(min_size=1, max_size=5),
@@ -109,8 +117,19 @@ hits = st.builds(
     | st.builds(
         Explanation,
         differing_bits=st.lists(small, max_size=3).map(tuple),
-        certainty=st.lists(st.floats(0, 0.5, width=32), max_size=3).map(tuple),
+        certainty=certainties,
+        prediction=predictions,
     ),
+)
+some = st.lists(small, max_size=3).map(tuple)
+reply_explanations = st.builds(
+    ReplyExplanation,
+    code=st.binary(min_size=6, max_size=6),
+    certainty=certainties,
+    prediction=predictions,
+    bits=st.lists(st.builds(ExplainedBit, bit=small, fires_for=some, silent_for=some)).map(tuple),
+    classes=st.lists(st.text(max_size=5), max_size=3).map(tuple),
+    detail=st.text(max_size=5),
 )
 receipts = st.builds(
     Receipt,
@@ -133,10 +152,18 @@ receipts = st.builds(
         fetch_ns=counts,
         total_ns=counts,
     ),
+    margins_used=st.booleans(),
 )
 
 
-@given(result=st.builds(SearchResult, hits=st.lists(hits, max_size=3).map(tuple), receipt=receipts))
+@given(
+    result=st.builds(
+        SearchResult,
+        hits=st.lists(hits, max_size=3).map(tuple),
+        receipt=receipts,
+        explanation=st.none() | reply_explanations,
+    )
+)
 def test_result_round_trip(result: SearchResult) -> None:
     message = spb.SearchResponse.FromString(convert.result_to_proto(result, 48).SerializeToString())
     assert same(convert.result_from_proto(message), result)
@@ -155,11 +182,32 @@ def test_result_round_trip(result: SearchResult) -> None:
         with_feature=st.booleans(),
         with_explanation=st.booleans(),
         min_version=counts,
+        ignore_margins=st.booleans(),
     )
 )
 def test_options_round_trip(options: SearchOptions) -> None:
     assert convert.options_from_proto(convert.options_to_proto(options)) == options
 
+
+MODEL = ModelInfo(
+    "m",
+    "alexnet",
+    48,
+    4096,
+    ("cat", "dog"),
+    {"resize": 256.0, "mean": [0.5, 0.5, 0.5]},
+    {"accuracy": 0.9},
+    "MIT",
+    1,
+    2,
+    3,
+    4,
+    FeatureDtype.F16,
+    "cpu",
+)
+CLASSIFIER = Classifier(
+    np.arange(96, dtype=np.float32).reshape(2, 48), np.array([1, -1], dtype=np.float32)
+)
 
 SPEC = CollectionSpec(name="a-1", model_id="m", n_bits=48, dim=3, feature_dtype=FeatureDtype.F32)
 
@@ -173,23 +221,9 @@ SPEC = CollectionSpec(name="a-1", model_id="m", n_bits=48, dim=3, feature_dtype=
             convert.info_to_proto,
             convert.info_from_proto,
         ),
+        (MODEL, convert.model_to_proto, convert.model_from_proto),
         (
-            ModelInfo(
-                "m",
-                "alexnet",
-                48,
-                4096,
-                ("cat", "dog"),
-                {"resize": 256.0, "mean": [0.5, 0.5, 0.5]},
-                {"accuracy": 0.9},
-                "MIT",
-                1,
-                2,
-                3,
-                4,
-                FeatureDtype.F16,
-                "cpu",
-            ),
+            dataclasses.replace(MODEL, classifier=CLASSIFIER),
             convert.model_to_proto,
             convert.model_from_proto,
         ),
@@ -203,6 +237,33 @@ def test_other_round_trips(
     value: Any, there: Callable[[Any], Any], back: Callable[[Any], Any] | None
 ) -> None:
     assert same((back or convert.item_from_proto)(there(value)), value)
+
+
+def test_classifiers_are_compared_by_their_numbers() -> None:
+    again = Classifier(CLASSIFIER.weights.copy(), CLASSIFIER.bias.copy())
+    other = Classifier(CLASSIFIER.weights, CLASSIFIER.bias + 1)
+    assert again == CLASSIFIER
+    assert hash(again) == hash(CLASSIFIER)
+    assert other != CLASSIFIER
+    assert CLASSIFIER != "classifier"
+
+
+@pytest.mark.parametrize(
+    ("weights", "bias"),
+    [
+        (np.zeros(95), np.zeros(2)),
+        (np.zeros(96), np.zeros(3)),
+        (np.full(96, np.nan), np.zeros(2)),
+        (np.zeros(96), np.array([0, np.inf])),
+    ],
+)
+def test_a_classifier_that_fits_no_model_is_refused(weights: np.ndarray, bias: np.ndarray) -> None:
+    message = convert.model_to_proto(MODEL)
+    message.classifier.weights = weights.astype("<f4").tobytes()
+    message.classifier.bias = bias.astype("<f4").tobytes()
+    with pytest.raises(InvalidInputError) as caught:
+        convert.model_from_proto(message)
+    assert caught.value.field == "classifier"
 
 
 def good_embedding() -> epb.Embedding:

@@ -129,6 +129,96 @@ def test_a_cut_pool_says_so() -> None:
     assert (receipt.pool_truncated, receipt.exact, receipt.pool_size) == (False, True, 300)
 
 
+def soft(bits: str, activations: list[float], **fields: Any) -> Embedding:
+    """A query of a few bits, bit 0 first, and how sure it is of them."""
+    packed = codes.pack(np.array([bit == "1" for bit in bits]))
+    return Embedding(
+        packed.tobytes(),
+        len(bits),
+        "",
+        activations=np.array(activations, dtype=np.float32),
+        **fields,
+    )
+
+
+def table_of(*rows: str, **fields: Any) -> Snapshot:
+    packed = codes.pack(np.array([[bit == "1" for bit in row] for row in rows]))
+    return Snapshot.from_arrays(packed, n_bits=len(rows[0]), **fields)
+
+
+def test_of_equal_distances_those_come_first_that_differ_where_the_query_was_unsure() -> None:
+    #                     id: 0      1       2       3       4       5
+    snapshot = table_of("1000", "0100", "0010", "0001", "0000", "1100")
+    query = soft("0000", [0.1, 0.45, 0.3, 0.45])  # Bits 1 and 3 weigh the same.
+    by_hamming = SearchOptions(rank=Rank.HAMMING)
+    result = Engine().search(snapshot, query, by_hamming)
+    assert [hit.id for hit in result.hits] == ["4", "1", "3", "2", "0", "5"]
+    assert [hit.hamming_bits for hit in result.hits] == [0, 1, 1, 1, 1, 2]
+    assert (result.receipt.margins_used, result.receipt.exact) == (True, True)
+    for k in range(1, 6):
+        first = Engine().search(snapshot, query, replace(by_hamming, k=k, min_pool=0))
+        assert first.hits == result.hits[:k]
+
+    ignored = Engine().search(snapshot, query, replace(by_hamming, ignore_margins=True))
+    without_h = Engine().search(snapshot, replace(query, activations=None), by_hamming)
+    assert [hit.id for hit in ignored.hits] == ["4", "0", "1", "2", "3", "5"]
+    assert ignored.hits == without_h.hits
+    assert not ignored.receipt.margins_used
+    assert not without_h.receipt.margins_used
+
+
+def test_an_over_full_pool_keeps_whom_the_query_was_unsure_about() -> None:
+    features = np.arange(5, dtype=np.float32)[:, None]
+    snapshot = table_of("1000", "0100", "0010", "0001", "1100", features=features)
+    query = soft("0000", [0.1, 0.45, 0.3, 0.45], feature=np.zeros(1, dtype=np.float32))
+    options = SearchOptions(k=1, max_hamming_bits=1, max_pool=1)
+    kept = {}
+    for max_pool in (1, 2, 3, 4):
+        # In the pool, features alone give the order.
+        asked = replace(options, k=max_pool, max_pool=max_pool)
+        result = Engine().search(snapshot, query, asked)
+        kept[max_pool] = [hit.id for hit in result.hits]
+        assert result.receipt.margins_used == result.receipt.pool_truncated == (max_pool < 4)
+    assert kept == {1: ["1"], 2: ["1", "3"], 3: ["1", "2", "3"], 4: ["0", "1", "2", "3"]}
+    oldest = Engine().search(snapshot, query, replace(options, ignore_margins=True))
+    assert [hit.id for hit in oldest.hits] == ["0"]
+    assert oldest.receipt.pool_truncated
+    assert not oldest.receipt.margins_used
+
+
+def test_the_code_says_what_a_bit_is_and_activations_only_how_sure() -> None:
+    snapshot = table_of("1000", "0100", "0010", "0001")
+    by_hamming = SearchOptions(rank=Rank.HAMMING)
+    agreeing = soft("0000", [0.1, 0.45, 0.3, 0.4])
+    contradicting = soft("0000", [0.9, 0.55, 0.7, 0.6])
+    hits = Engine().search(snapshot, agreeing, by_hamming).hits
+    assert Engine().search(snapshot, contradicting, by_hamming).hits == hits
+
+
+def test_an_empty_table_and_a_sure_query() -> None:
+    snapshot = make(n=0, dim=0)
+    query = Embedding(bytes(2), N_BITS, "", activations=np.zeros(N_BITS, dtype=np.float32))
+    result = Engine().search(snapshot, query)
+    assert (result.hits, result.receipt.margins_used) == ((), True)
+
+
+@pytest.mark.parametrize(
+    "activations",
+    [
+        np.zeros(11, dtype=np.float32),
+        np.zeros((1, 12), dtype=np.float32),
+        np.full(12, np.nan, dtype=np.float32),
+        np.full(12, 1.1, dtype=np.float32),
+    ],
+)
+def test_activations_that_do_not_fit(activations: np.ndarray) -> None:
+    snapshot = make()
+    query = replace(embedding_of(snapshot, "0"), activations=activations)
+    with pytest.raises(InvalidInputError) as caught:
+        Engine().search(snapshot, query)
+    assert caught.value.field == "query.embedding.activations"
+
+
 def test_rows_without_feature_are_counted_and_still_answer_coarse_queries() -> None:
     has = np.ones(100)
     has[42] = 0
