@@ -1,8 +1,8 @@
-"""The encoder's own commands: `hashlens train` and `hashlens inspect`."""
+"""Learning codes: `hashlens train` and `hashlens sweep`."""
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -20,54 +20,65 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from encoder_service.training.recipe import TrainConfig
+from encoder_service.training.recipe import RECIPES, TrainConfig
+from encoder_service.training.sweep import SweepConfig, cells, read_results, run_cell, table
 from hashlens.config import options
 
 # torch takes seconds to import, and `hashlens --help` reads this module: so what needs it is
 # imported in the commands.
 if TYPE_CHECKING:
-    from encoder_service.training.datasets import OnProgress
-    from encoder_service.training.fit import EpochReport, StepReport
+    from encoder_service.data.types import OnProgress
+    from encoder_service.training.fit import StepReport
+    from encoder_service.training.history import EpochReport
 
 
 @click.command()
-@options(TrainConfig, "train")
+@options(TrainConfig, "train", preset_field="recipe", presets=RECIPES)
 def train(config: TrainConfig) -> None:
     """Learn codes from labelled images.
 
-    Trains on the train split, measures on the test split, writes one checkpoint.
+    Trains on the train split, measures on the test split, writes one checkpoint. Interrupted, it
+    goes on where it was when it is started again. On several devices: torchrun
+    --nproc-per-node N --no-python hashlens train ...
+
+    \b
+    --recipe orthohash       orthogonal targets, cosine with a margin: the default
+             csq             a centre for each class, bit by bit
+             ssdh            classes, a push away from 0.5, half of the bits at 1
+             lin2015-modern  the network and the loss of 2015, trained from scratch
+             lin2015         the author's, from ImageNet's AlexNet
     """
     from encoder_service.training.run import train_model
 
-    with _ProgressObserver(Console(stderr=True)) as observer:
+    leads = os.environ.get("RANK", "0") == "0"
+    with _ProgressObserver(Console(stderr=True, quiet=not leads)) as observer:
         checkpoint = train_model(config, observer)
-    _print_table(checkpoint.describe(), config.output)
+    if leads:
+        _print_table(checkpoint.describe(), config.output)
 
 
 @click.command()
-@click.argument(
-    "checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=False
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def inspect(checkpoint: Path | None, as_json: bool) -> None:
-    """Show what a checkpoint says about itself, after checking its weights.
+@options(SweepConfig, "sweep")
+def sweep(config: SweepConfig) -> None:
+    """Train and evaluate recipes, backbones and code lengths; print the table.
 
-    Without a file: the checkpoint that comes with the package.
+    Each combination leaves a JSON file in --output; those that are there are not made again, and an
+    interrupted training goes on where it was. So the table can be made in many sittings.
     """
-    from encoder_service.model.checkpoint import default_checkpoint_path, load_checkpoint
+    from encoder_service.data.source import open_split
 
-    path = checkpoint or default_checkpoint_path()
-    loaded = load_checkpoint(path)
-    facts = {
-        **loaded.describe(),
-        "dim": loaded.dim,
-        "parameters": sum(tensor.numel() for tensor in loaded.network.parameters()),
-        "file_bytes": path.stat().st_size,
-    }
-    if as_json:
-        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
-    else:
-        _print_table(facts, path)
+    console = Console(stderr=True)
+    todo = cells(config)
+    config.output.mkdir(parents=True, exist_ok=True)
+    classes = open_split(config, "test").classes
+    for number, cell in enumerate(todo, 1):
+        path = cell.path(config.output)
+        if path.exists():
+            continue
+        console.print(f"{number} of {len(todo)}: {path.stem}", highlight=False)
+        with _ProgressObserver(console) as observer:
+            run_cell(config, cell, classes, observer)
+    click.echo(table(read_results(config.output)), nl=False)
 
 
 class _ProgressObserver:
@@ -113,8 +124,12 @@ class _ProgressObserver:
     def epoch(self, report: EpochReport) -> None:
         self._progress.console.print(
             f"epoch {report.epoch:3d}  loss {report.loss:.4f}  train {report.train_accuracy:.4f}  "
-            f"holdout {report.holdout_accuracy:.4f}  {report.images_per_s:,.0f} images/s"
+            f"hold-out {report.holdout_accuracy:.4f}  mAP {report.holdout_map:.4f}  "
+            f"{report.images_per_s:,.0f} images/s"
         )
+
+    def note(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, highlight=False)
 
 
 def _print_table(facts: dict[str, Any], path: Path) -> None:

@@ -136,6 +136,11 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
         What to write.
     path
         Where; replaced in one step if it exists.
+
+    Raises
+    ------
+    OSError
+        The disk is full, or not writable. What was there before still is.
     """
     metadata = {HEADER_KEY: canonical_json(checkpoint.describe()).decode()}
     state = {
@@ -146,6 +151,8 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     try:
         partial.write_bytes(safetensors.torch.save(state, metadata=metadata))
         partial.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, f"the checkpoint: {error.strerror}", str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -29,6 +29,8 @@ class HashOutput(NamedTuple):
     """H, float in 0..1, shape ``[n, n_bits]``; the code is ``activations > 0.5``."""
     logits: Tensor
     """F8 before the softmax, float, shape ``[n, n_classes]``."""
+    scores: Tensor
+    """H before its sigmoid, float, shape ``[n, n_bits]``; what most losses on codes work on."""
 
 
 class HashNet(nn.Module):
@@ -72,6 +74,8 @@ class HashNet(nn.Module):
         self.n_bits = n_bits
         self.n_classes = n_classes
         self.hash_norm_name: HashNorm = hash_norm
+        self.detach_classifier = False
+        """Whether, in training, F8 learns to read H without shaping it."""
         self.backbone = entry.build()
         self.dropout = nn.Dropout(entry.dropout)
         self.hash_layer = nn.Linear(entry.dim, n_bits)
@@ -94,8 +98,10 @@ class HashNet(nn.Module):
         Returns
         -------
         HashOutput
-            F7, H and the class scores.
+            F7, H, the class scores, and H before its sigmoid.
         """
         features: Tensor = self.backbone(images)
-        activations = torch.sigmoid(self.hash_norm(self.hash_layer(self.dropout(features))))
-        return HashOutput(features, activations, self.classifier(activations))
+        scores = self.hash_norm(self.hash_layer(self.dropout(features)))
+        activations = torch.sigmoid(scores)
+        read = activations.detach() if self.detach_classifier else activations
+        return HashOutput(features, activations, self.classifier(read), scores)

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from encoder_service.data.augment import centre_crop
+from encoder_service.data.images import ImageSet
+from encoder_service.data.types import OnProgress, nobody
 from encoder_service.encoder import Encoder
 from encoder_service.model.checkpoint import Checkpoint
-from encoder_service.training.datasets import LabelledPixels, OnProgress
 from hashlens import codes
 
 MIN_POOL = 1000
@@ -36,8 +38,8 @@ class Encodings:
 
 def measure(
     checkpoint: Checkpoint,
-    database: LabelledPixels,
-    queries: LabelledPixels,
+    database: ImageSet,
+    queries: ImageSet,
     *,
     device: str = "auto",
     on_progress: Callable[[str], OnProgress] = lambda what: lambda done, total: None,
@@ -82,13 +84,15 @@ def measure(
 
 def encode_all(
     encoder: Encoder,
-    data: LabelledPixels,
-    on_progress: OnProgress = lambda done, total: None,
+    data: ImageSet,
+    on_progress: OnProgress = nobody,
 ) -> Encodings:
     """Run a whole data set through the encoder, as serving does."""
     packed, features = [], []
     for start in range(0, len(data), 256):
-        pixels = data.pixels[start : start + 256]
+        rows = np.arange(start, min(start + 256, len(data)))
+        # Images that training cuts its own crops of are larger than what serving sees.
+        pixels = centre_crop(data.batch(rows), encoder.preprocessing.crop)
         images = encoder.preprocessing.normalise(pixels).transpose(0, 3, 1, 2)
         encoded = encoder.encode(images)
         packed.append(encoded.codes)

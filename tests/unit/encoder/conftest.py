@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from encoder_service.data.idx import FASHION_MNIST_PATH
 from encoder_service.model.checkpoint import Checkpoint, save_checkpoint
 from encoder_service.model.network import HashNet
 from encoder_service.preprocess import Preprocessing
+
+needs_fashion_mnist = pytest.mark.skipif(
+    not FASHION_MNIST_PATH.is_dir(), reason="Debian's dataset-fashion-mnist is not installed"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -65,14 +70,20 @@ def write_idx(path: Path, array: np.ndarray) -> None:
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
 
 
-def write_small_fashion_mnist(folder: Path, n_train: int = 200, n_test: int = 60) -> None:
+def write_small_fashion_mnist(
+    folder: Path,
+    n_train: int = 200,
+    n_test: int = 60,
+    prefixes: tuple[str, str] = ("train", "t10k"),
+    suffix: str = ".gz",
+) -> None:
     """Write files like Fashion-MNIST's, with ten classes that are easy to tell apart."""
     rng = np.random.default_rng(0)
-    for prefix, n in (("train", n_train), ("t10k", n_test)):
+    for prefix, n in zip(prefixes, (n_train, n_test), strict=True):
         labels = np.arange(n, dtype=np.uint8) % 10
         images = rng.integers(0, 60, (n, 28, 28), dtype=np.uint8)
         for image, label in zip(images, labels, strict=True):
             top, left = divmod(int(label), 4)
             image[top * 9 : top * 9 + 9, left * 7 : left * 7 + 7] = 230
-        write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", images)
-        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", labels)
+        write_idx(folder / f"{prefix}-images-idx3-ubyte{suffix}", images)
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte{suffix}", labels)

@@ -7,10 +7,10 @@ import io
 import numpy as np
 import pytest
 
+from encoder_service.data.idx import FASHION_MNIST_CLASSES, enlarge
 from encoder_service.decode import DecodeLimits, decode
 from encoder_service.encoder import Encoder
 from encoder_service.model.checkpoint import default_checkpoint_path, load_checkpoint
-from encoder_service.training.datasets import FASHION_MNIST_CLASSES, enlarge
 from encoder_service.training.measure import Encodings, two_stage_order
 from hashlens import codes
 from hashlens.cli.demo_data import load_demo_images

@@ -1,0 +1,1 @@
+"""`hashlens inspect`: what a checkpoint is, and how healthy its codes, or a collection's, are."""

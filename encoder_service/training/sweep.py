@@ -1,0 +1,264 @@
+"""Recipes x backbones x bits: trained, evaluated, tabled. Goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from encoder_service.data.config import DataConfig
+from encoder_service.training.recipe import RecipeName, TrainConfig, make_train_config
+from hashlens.config import setting
+from hashlens.errors import InvalidInputError
+
+# torch takes seconds to import, and the command line reads this module.
+if TYPE_CHECKING:
+    from encoder_service.training.run import Observer
+
+PROTOCOLS = ("lin2015", "split", "unseen-classes")
+
+BACKBONE_SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "resnet9": {
+        "resize": 28,
+        "crop": 28,
+        "optimizer": "sgd",
+        "learning_rate": 0.2,
+        "weight_decay": 5e-4,
+    },
+    "alexnet": {
+        "resize": 64,
+        "crop": 64,
+        "optimizer": "adamw",
+        "learning_rate": 5e-4,
+        "weight_decay": 0.05,
+    },
+}
+"""What goes with a backbone, the same for every recipe: so only the recipes differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(DataConfig):
+    """Which combinations, and how long."""
+
+    output: Path = setting(Path("sweep"), "Folder of the results, a JSON file per combination.")
+    recipes: str = setting("orthohash,csq,ssdh,lin2015-modern", "Recipes, with commas between.")
+    backbones: str = setting("resnet9", "Backbones, with commas between.")
+    bits: str = setting("12,24,32,48,64,128", "Code lengths, with commas between.")
+    protocols: str = setting(
+        "lin2015,split", "Protocols, with commas between; unseen-classes trains once more."
+    )
+    unseen_classes: str = setting(
+        "", "Classes that unseen-classes leaves out of training; empty: the last third."
+    )
+    epochs: int = setting(6, "Passes over the training images, for every combination.")
+    batch_size: int = setting(256, "Images per step, for every combination but lin2015.")
+    side: int = setting(0, "Side of the images in pixels; 0: what suits the backbone.")
+    augment: str = setting("standard", "Augmentation preset, for every combination.")
+    amp: Literal["none", "bf16", "fp16"] = setting(
+        "none", "Mixed precision, as hashlens train has it."
+    )
+    queries: int = setting(
+        2000, "Queries of lin2015, a sample of the test split; split and unseen-classes ask all."
+    )
+    keep: bool = setting(False, "Keep the checkpoints beside the results.")
+    seed: int = setting(1, "Of the trainings.")
+    device: str = setting("auto", "As hashlens train has it.")
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One combination."""
+
+    recipe: RecipeName
+    backbone: str
+    n_bits: int
+    protocols: tuple[str, ...]
+    """Those that one training serves."""
+
+    def path(self, folder: Path) -> Path:
+        """Return where its result lies."""
+        kind = "unseen" if self.protocols == ("unseen-classes",) else "seen"
+        return folder / f"{self.backbone}-{self.recipe}-{self.n_bits}-{kind}.json"
+
+
+def cells(config: SweepConfig) -> list[Cell]:
+    """Return all combinations, each training once.
+
+    Raises
+    ------
+    InvalidInputError
+        A recipe, backbone, protocol or number is unknown.
+    """
+    recipes = _listed(config.recipes, "recipes", get_args(RecipeName))
+    backbones = _listed(config.backbones, "backbones", BACKBONE_SETTINGS)
+    protocols = _listed(config.protocols, "protocols", PROTOCOLS)
+    bits = _listed(config.bits, "bits", None)
+    if not all(text.isdecimal() for text in bits):
+        raise InvalidInputError(f"bits are numbers, not {config.bits!r}.", field="bits")
+    seen = tuple(name for name in protocols if name != "unseen-classes")
+    trainings = [seen] if seen else []
+    if len(seen) < len(protocols):
+        trainings.append(("unseen-classes",))
+    return [
+        Cell(recipe, backbone, int(n_bits), training)  # type: ignore[arg-type]
+        for backbone in backbones
+        for training in trainings
+        for n_bits in bits
+        for recipe in recipes
+    ]
+
+
+def train_config(config: SweepConfig, cell: Cell, classes: Sequence[str]) -> TrainConfig:
+    """Return how a combination is trained."""
+    unseen = ""
+    if cell.protocols == ("unseen-classes",):
+        unseen = config.unseen_classes or ",".join(classes[-max(2, len(classes) // 3) :])
+    checkpoint = cell.path(config.output).with_suffix(".safetensors")
+    if cell.recipe == "lin2015":
+        # As it is, but for the first weights and the time, which a table cannot give each cell.
+        own: Mapping[str, Any] = {"init": "scratch"}
+    else:
+        side = {"resize": config.side, "crop": config.side} if config.side else {}
+        own = {**BACKBONE_SETTINGS[cell.backbone], "augment": config.augment, **side}
+    return make_train_config(
+        cell.recipe,
+        **{
+            **own,
+            "backbone": cell.backbone,
+            "n_bits": cell.n_bits,
+            "epochs": config.epochs,
+            "steps": 0,
+            "batch_size": 32 if cell.recipe == "lin2015" else config.batch_size,
+            "amp": config.amp,
+            "seed": config.seed,
+            "unseen_classes": unseen,
+            "output": checkpoint,
+            "log": checkpoint.with_suffix(".csv"),
+            "dataset": config.dataset,
+            "data": config.data,
+            "download": config.download,
+            "skip_unreadable": config.skip_unreadable,
+            "device": config.device,
+            "evaluate": False,
+        },
+    )
+
+
+def run_cell(
+    config: SweepConfig, cell: Cell, classes: Sequence[str], observer: Observer
+) -> dict[str, Any]:
+    """Train a combination, evaluate it, write its result."""
+    from encoder_service.evaluation.config import EvaluateConfig
+    from encoder_service.evaluation.run import evaluate_model
+    from encoder_service.training.run import train_model
+
+    path = cell.path(config.output)
+    training = train_config(config, cell, classes)
+    began = time.perf_counter()
+    if not training.output.exists():
+        train_model(training, observer)
+    train_s = time.perf_counter() - began
+    found = {}
+    for protocol in cell.protocols:
+        evaluated = evaluate_model(
+            EvaluateConfig(
+                checkpoint=training.output,
+                protocol=protocol,  # type: ignore[arg-type]
+                local=True,
+                queries=config.queries if protocol == "lin2015" else 0,
+                dataset=config.dataset,
+                data=config.data,
+                skip_unreadable=config.skip_unreadable,
+                device=config.device,
+            ),
+            observer.begin,
+        )
+        found[protocol] = evaluated.evaluation.to_json()
+    result = {
+        "cell": {
+            "recipe": cell.recipe,
+            "backbone": cell.backbone,
+            "n_bits": cell.n_bits,
+            "epochs": config.epochs,
+        },
+        "training": training.to_json(),
+        "train_s": train_s,
+        "protocols": found,
+    }
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    partial.replace(path)
+    if not config.keep:
+        training.output.unlink(missing_ok=True)
+    return result
+
+
+def table(results: Iterable[Mapping[str, Any]]) -> str:
+    """Return Markdown: a line per combination and protocol."""
+    head = (
+        "| backbone | recipe | bits | epochs | protocol | accuracy | distinct codes | "
+        "coarse mAP | coarse mAP, ties averaged (95% interval) | coarse mAP@1000 | "
+        "coarse p@10 | two-stage mAP@1000 | two-stage p@10 | exhaustive p@10 | "
+        "ITQ p@10 | LSH p@10 |"
+    )
+    rule = "|---|---|--:|--:|---|" + "--:|" * 11
+    lines = [head, rule]
+    for result in results:
+        cell = result["cell"]
+        for protocol, found in result["protocols"].items():
+            coarse = found["coarse"]
+            low, high = coarse["ci95"].get("tie_aware_map_full") or coarse["ci95"]["map_full"]
+            lines.append(
+                f"| {cell['backbone']} | {cell['recipe']} | {cell['n_bits']} | {cell['epochs']} | "
+                f"{protocol} | {_number(found['accuracy'])} | {found['distinct_codes']:,} | "
+                f"{_number(coarse['map_full'])} | "
+                f"{_number(coarse['tie_aware_map_full'])} ({low:.3f} to {high:.3f}) | "
+                + " | ".join(
+                    _number((found.get(ranking) or {}).get(metric))
+                    for ranking, metric in (
+                        ("coarse", "map_at_1000"),
+                        ("coarse", "precision_at_10"),
+                        ("two_stage", "map_at_1000"),
+                        ("two_stage", "precision_at_10"),
+                        ("exhaustive", "precision_at_10"),
+                        ("itq", "precision_at_10"),
+                        ("lsh", "precision_at_10"),
+                    )
+                )
+                + " |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """Read what there is, ordered by backbone, protocol, bits and recipe."""
+    results = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
+    order = list(get_args(RecipeName))
+    return sorted(
+        results,
+        key=lambda result: (
+            result["cell"]["backbone"],
+            list(result["protocols"]),
+            result["cell"]["n_bits"],
+            order.index(result["cell"]["recipe"]),
+        ),
+    )
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _listed(text: str, field: str, known: Iterable[str] | None) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise InvalidInputError(f"{field} is empty.", field=field)
+    for name in names:
+        if known is not None and name not in known:
+            raise InvalidInputError(
+                f"{name!r} in {field} is none of: {', '.join(known)}.", field=field
+            )
+    return names
