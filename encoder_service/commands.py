@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import click
 from rich.console import Console
@@ -18,10 +17,18 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
+from encoder_service.inspection.tables import print_facts
 from encoder_service.training.recipe import RECIPES, TrainConfig
-from encoder_service.training.sweep import SweepConfig, cells, read_results, run_cell, table
+from encoder_service.training.sweep import (
+    SweepConfig,
+    cells,
+    is_done,
+    read_results,
+    run_cell,
+    table,
+)
+from hashlens.cli.text import console, printable
 from hashlens.config import options
 
 # torch takes seconds to import, and `hashlens --help` reads this module: so what needs it is
@@ -39,7 +46,7 @@ def train(config: TrainConfig) -> None:
 
     Trains on the train split, measures on the test split, writes one checkpoint. Interrupted, it
     goes on where it was when it is started again. On several devices: torchrun
-    --nproc-per-node N --no-python hashlens train ...
+    --nproc-per-node N --no-python -- hashlens train ...
 
     \b
     --recipe orthohash       orthogonal targets, cosine with a margin: the default
@@ -54,7 +61,7 @@ def train(config: TrainConfig) -> None:
     with _ProgressObserver(Console(stderr=True, quiet=not leads)) as observer:
         checkpoint = train_model(config, observer)
     if leads:
-        _print_table(checkpoint.describe(), config.output)
+        print_facts(console(), {"file": str(config.output), **checkpoint.describe()})
 
 
 @click.command()
@@ -67,16 +74,16 @@ def sweep(config: SweepConfig) -> None:
     """
     from encoder_service.data.source import open_split
 
-    console = Console(stderr=True)
+    terminal = Console(stderr=True)
     todo = cells(config)
     config.output.mkdir(parents=True, exist_ok=True)
     classes = open_split(config, "test").classes
     for number, cell in enumerate(todo, 1):
-        path = cell.path(config.output)
-        if path.exists():
+        if is_done(config, cell, classes):
             continue
-        console.print(f"{number} of {len(todo)}: {path.stem}", highlight=False)
-        with _ProgressObserver(console) as observer:
+        name = cell.path(config.output).stem
+        terminal.print(f"{number} of {len(todo)}: {name}", highlight=False)
+        with _ProgressObserver(terminal) as observer:
             run_cell(config, cell, classes, observer)
     click.echo(table(read_results(config.output)), nl=False)
 
@@ -129,22 +136,4 @@ class _ProgressObserver:
         )
 
     def note(self, text: str) -> None:
-        self._progress.console.print(text, markup=False, highlight=False)
-
-
-def _print_table(facts: dict[str, Any], path: Path) -> None:
-    table = Table("what", "value")
-    table.add_row("file", str(path))
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            for key, part in value.items():
-                table.add_row(f"{name}.{key}", _text(part))
-        else:
-            table.add_row(name, _text(value))
-    Console().print(table)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+        self._progress.console.print(printable(text), markup=False, highlight=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -65,9 +66,11 @@ class Preprocessing:
                 f"interpolation is one of {', '.join(_FILTERS)}; not {self.interpolation!r}.",
                 field="preprocessing.interpolation",
             )
-        if len(self.mean) != 3 or len(self.std) != 3 or not all(s > 0 for s in self.std):
+        numbers = (*self.mean, *self.std)
+        lengths = (len(self.mean), len(self.std))
+        if lengths != (3, 3) or not (all(map(math.isfinite, numbers)) and min(self.std) > 0):
             raise InvalidInputError(
-                "mean and std are three numbers each, and std is positive.",
+                "mean and std are three finite numbers each, and std is positive.",
                 field="preprocessing.std",
             )
         if self.fit not in get_args(Fit):
@@ -161,7 +164,7 @@ class Preprocessing:
                 std=_three(plain["std"]),
                 fit=plain.get("fit", "short"),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InvalidInputError(
                 f"this is no description of a preprocessing: {error!r}.", field="preprocessing"
             ) from error

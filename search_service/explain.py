@@ -24,6 +24,9 @@ from search_service.cancel import Cancel
 MAX_NAMED = 8
 """Most classes that one bit is said to speak for, and against; the contract says so."""
 
+MAX_CLASSIFIER_BYTES = 2**20
+"""What the contract allows. A larger one would hold up the searches meanwhile."""
+
 _BLOCK_ROWS = 4096
 """Codes classified between two looks at the cancel flag; 512 bits and 1000 classes take 0.1 s."""
 
@@ -42,9 +45,9 @@ class Meanings:
 
     @classmethod
     def of(cls, model: ModelInfo) -> Self:
-        """Read a model's classifier."""
+        """Read a model's classifier; InvalidInputError if it is none."""
         classifier = model.classifier
-        if classifier is None:
+        if classifier is None or classifier.weights.nbytes > MAX_CLASSIFIER_BYTES:
             return cls(detail="The model's classifier is too large to be sent along.")
         return cls(
             classifier,

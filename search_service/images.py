@@ -131,17 +131,17 @@ class ImageEncoder:
             return Meanings(detail="This search service has no encoder to ask what the bits mean.")
         try:
             model = await self._client.model(deadline_s=min(_MODEL_S, max(deadline_s / 2, 0)))
+            if (model.model_id, model.n_bits) != (spec.model_id, spec.n_bits):
+                return Meanings(
+                    detail=f"The encoder service at {self._target} has another model than the "
+                    "collection, and cannot say what its bits mean."
+                )
+            return self._meanings.setdefault(spec.model_id, Meanings.of(model))
         except HashlensError as error:
             return Meanings(
                 detail=f"The encoder service at {self._target} does not say what the bits mean: "
                 f"{error.message}"
             )
-        if model.model_id != spec.model_id:
-            return Meanings(
-                detail=f"The encoder service at {self._target} has another model than the "
-                "collection, and cannot say what its bits mean."
-            )
-        return self._meanings.setdefault(spec.model_id, Meanings.of(model))
 
     def _connected(self, field: str) -> AsyncClient:
         if self._client is None:

@@ -30,3 +30,9 @@ class DataConfig:
     skip_unreadable: bool = setting(
         False, "Leave out images that cannot be read, and say which, instead of stopping."
     )
+
+
+def split_names(names: str) -> tuple[str, ...]:
+    """Return what stands between commas, or between semicolons if there is one."""
+    separator = ";" if ";" in names else ","
+    return tuple(name.strip() for name in names.split(separator) if name.strip())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -43,6 +44,9 @@ FASHION_MNIST_PATH = Path("/usr/share/datasets/fashion-mnist")
 
 UPSCALE = 4
 """Fashion-MNIST's 28 x 28 images reach the service enlarged by this, bicubic: so they do here."""
+
+_MAX_AXES = 3
+"""Of images; labels have one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +226,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     n_axes = data[3]
     start = 4 + 4 * n_axes
     shape = struct.unpack(f">{n_axes}I", data[4:start]) if len(data) >= start else ()
-    if not shape or len(data) - start != int(np.prod(shape)):
+    if not 1 <= n_axes <= _MAX_AXES or len(data) - start != math.prod(shape):
         raise InvalidInputError(
             f"{path}: its header says {list(shape)}, which its length does not fit.", field="data"
         )

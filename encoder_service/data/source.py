@@ -145,6 +145,14 @@ def _check(source: Source, config: DataConfig, split: Split) -> None:
             "two or more: add images of another.",
             field="data",
         )
+    for name in source.classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            # Said now, not after a training whose checkpoint then cannot be written.
+            raise InvalidInputError(
+                f"{where}: the class name {name!r} is not valid UTF-8. Rename it.", field="data"
+            ) from error
     if split == "train":
         labels = source.labels
         present = set(np.flatnonzero(labels.any(axis=0)) if labels.ndim == 2 else labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import stat
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -20,6 +21,8 @@ from hashlens.errors import InvalidInputError
 
 BLOCK = 500
 """Images between two reports of progress."""
+
+_LIMITS = DecodeLimits()
 
 _ADVICE = " Or leave out such files with --skip-unreadable."
 
@@ -64,18 +67,27 @@ class FileSource:
         """Return the file's bytes; InvalidInputError if it cannot be read."""
         path = self._root / self._names[i]
         try:
-            return path.read_bytes()
-        except OSError as error:
+            status = path.stat()
+            if stat.S_ISREG(status.st_mode) and status.st_size <= _LIMITS.max_bytes:
+                return path.read_bytes()
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
             raise InvalidInputError(
-                f"{path}: cannot be read ({error.strerror or error}). Mend or remove it.{_ADVICE}",
-                field="data",
+                f"{path}: cannot be read ({reason}). Mend or remove it.{_ADVICE}", field="data"
             ) from error
+        # Not even opened: a pipe would be waited for, and a device has no end.
+        problem = (
+            f"has {status.st_size:,} bytes, the limit is {_LIMITS.max_bytes:,}"
+            if stat.S_ISREG(status.st_mode)
+            else "is no regular file"
+        )
+        raise InvalidInputError(f"{path}: {problem}. Mend or remove it.{_ADVICE}", field="data")
 
     def picture(self, i: int) -> Image.Image:
         """Decode the file; InvalidInputError, with its name, if it is no whole image."""
         data = self.image_bytes(i)
         try:
-            return decode(data, DecodeLimits())
+            return decode(data, _LIMITS)
         except InvalidInputError as error:
             raise InvalidInputError(
                 f"{self._root / self._names[i]}: {error.message}{_ADVICE}", field="data"

@@ -67,6 +67,15 @@ def open_table(root: Path, split: Split, *, check_files: bool = True) -> FileSou
     other_path = find_table(root, other_split)
     other = [] if other_path is None else _read(other_path)
     of_train = rows if split == "train" or not other else other
+    listed_there = {row.file: row.line for row in other}
+    for row in rows:
+        if row.file in listed_there:
+            raise InvalidInputError(
+                f"{path}, line {row.line}: {row.file} stands in {other_path}, line "
+                f"{listed_there[row.file]}, too. What is trained on cannot be tested on: remove "
+                "one of the lines.",
+                field="data",
+            )
     classes = sorted({label for row in of_train for label in row.labels})
     position = {name: label for label, name in enumerate(classes)}
     for table, listed in ((path, rows), (other_path, other)):

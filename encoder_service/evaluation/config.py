@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from encoder_service.data.config import DataConfig
+from encoder_service.data.config import DataConfig, split_names
 from hashlens.config import setting
 from hashlens.errors import InvalidInputError
 
@@ -32,7 +32,9 @@ class EvaluateConfig(DataConfig):
     search: str | None = setting(None, "host:port of a running search service, with --encoder.")
     queries: int = setting(0, "Ask with so many queries only, drawn at random; 0: all.")
     unseen_classes: str = setting(
-        "", "Classes of unseen-classes, with commas between; without, those the recipe left out."
+        "",
+        "Classes of unseen-classes, with commas between, or semicolons where a name has a comma; "
+        "without, those the recipe left out.",
     )
     force: bool = setting(
         False, "Go on where the model's classes and the data's, or the protocol's, do not fit."
@@ -69,8 +71,3 @@ class EvaluateConfig(DataConfig):
     def unseen(self) -> tuple[str, ...]:
         """The names in `unseen_classes`."""
         return split_names(self.unseen_classes)
-
-
-def split_names(names: str) -> tuple[str, ...]:
-    """Return what stands between commas."""
-    return tuple(name.strip() for name in names.split(",") if name.strip())

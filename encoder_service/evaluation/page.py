@@ -54,6 +54,7 @@ def report_page(found: Evaluated) -> str:
         _tiles(evaluation),
         _rankings(evaluation),
         [tag("p", note, class_="lead") for note in (LEGEND, *evaluation.notes)],
+        tag("h2", "Plots"),
         tag(
             "div",
             [

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from encoder_service.data.config import split_names
 from encoder_service.data.source import open_split
 from encoder_service.data.split import select_classes, take
 from encoder_service.data.types import OnProgress, Source, nobody
-from encoder_service.evaluation.config import EvaluateConfig, split_names
+from encoder_service.evaluation.config import EvaluateConfig
 from encoder_service.model.checkpoint import Checkpoint
 from hashlens.errors import InvalidInputError, PreconditionError
 

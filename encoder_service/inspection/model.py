@@ -66,6 +66,7 @@ def health_of_checkpoint(
     InvalidInputError
         An image cannot be decoded.
     """
-    images = load_images(source, checkpoint.preprocessing)
+    # Each is looked at once: nothing is kept.
+    images = load_images(source, checkpoint.preprocessing, max_cache_bytes=0)
     encodings = encode_images(checkpoint, images, device=device, on_progress=on_progress)
     return health_of(encodings.codes, checkpoint.n_bits, encodings.activations, random=random)

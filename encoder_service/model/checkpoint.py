@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -57,6 +58,13 @@ class Checkpoint:
                 f"{len(self.classes)} are named.",
                 field="classes",
             )
+        try:
+            "".join(self.classes).encode()
+        except UnicodeEncodeError as error:
+            raise InvalidInputError(
+                "a class name is not valid UTF-8, and could not be sent. Rename it.",
+                field="classes",
+            ) from error
         self.network.eval()
         object.__setattr__(self, "model_id", model_id_of(self.network, self.preprocessing))
 
@@ -197,9 +205,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
             network = HashNet(
                 str(plain["backbone"]), int(plain["n_bits"]), len(classes), plain["hash_norm"]
             )
-        recipe, metrics = dict(plain["recipe"]), dict(plain["metrics"])
+        recipe = dict(plain["recipe"])
+        metrics = {name: _finite(value) for name, value in dict(plain["metrics"]).items()}
         data_licence, stated_id = str(plain["data_licence"]), str(plain["model_id"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InvalidInputError(
             f"{path}: its metadata is incomplete: {error!r}. Export the checkpoint again.",
             field=_FIELD,
@@ -264,6 +273,13 @@ def read_metadata(path: Path) -> dict[str, Any]:
         )
     assert isinstance(plain, dict)
     return plain
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"a metric is {number}")
+    return number
 
 
 def _architecture(network: HashNet) -> dict[str, Any]:

@@ -143,6 +143,7 @@ class Trainer:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where another trainer with the same settings and images was stopped."""
         self._step = state["step"]
+        # The leader's; the others count from here on, so the log speaks of a part of that epoch.
         self._sums = list(state["sums"])
         self._network.load_state_dict(state["network"])
         if self._average is not None:
@@ -209,7 +210,8 @@ class Trainer:
         labels = labels.to(self._device, non_blocking=True)
         with self._autocast():
             output = self._parallel(images)
-            loss = self._loss(output, labels)
+        # Outside: there, a loss's matrix products would be of 8 bits of precision.
+        loss = self._loss(output, labels)
         self._optimizer.zero_grad()
         self._scaler.scale(loss).backward()
         self._scaler.step(self._optimizer)

@@ -22,6 +22,9 @@ from hashlens.errors import InvalidInputError
 _TARGET_TRIES = 5_000
 """Random draws of which the best is taken as the classes' targets."""
 
+_HADAMARD_TRIES = 200
+"""The same of rows of Hadamard's matrix, which are as far apart in any draw."""
+
 
 def make_loss(recipe: Recipe, n_classes: int, *, multi_label: bool = False) -> HashLoss:
     """Make the loss that a recipe names.
@@ -187,8 +190,9 @@ class Csq(HashLoss):
     def forward(self, output: HashOutput, labels: Tensor) -> Tensor:
         """Return the loss."""
         scores = output.scores.float()
-        centres = self.class_weights(labels, len(self.targets)) @ self.targets
-        # Where the labels' centres are at odds, in equal numbers, the first class's bit decides.
+        # Sums of -1 and 1, exact. Where the labels' centres are at odds, in equal numbers, the bit
+        # of the first class there is decides.
+        centres = (self.class_weights(labels, len(self.targets)) > 0).float() @ self.targets
         centres = torch.where(centres == 0, self.targets[0], centres.sign())
         wanted = 0.5 + (1 - self.label_smoothing) * centres / 2
         central = torch.nn.functional.binary_cross_entropy_with_logits(scores, wanted)
@@ -200,8 +204,9 @@ class Csq(HashLoss):
 def class_targets(n_classes: int, n_bits: int) -> NDArray[np.int8]:
     """Choose one code for each class, far from each other.
 
-    The rows of Hadamard's matrix where `n_bits` is a power of two with enough rows: half of the
-    bits differ between any two. Else the best of many random draws, by the smallest distance.
+    Rows of Hadamard's matrix, with random signs, where `n_bits` is a power of two with enough rows:
+    half of the bits differ between any two. Else random draws. Of many, the best by the smallest
+    distance, then by how many bits split the classes in a way that no other bit does.
 
     Parameters
     ----------
@@ -213,24 +218,44 @@ def class_targets(n_classes: int, n_bits: int) -> NDArray[np.int8]:
     ndarray
         int8, -1 and 1, shape ``[n_classes, n_bits]``; the same for the same arguments.
     """
-    if n_bits & (n_bits - 1) == 0 and n_classes < n_bits:
-        matrix = np.ones((1, 1), dtype=np.int8)
-        while len(matrix) < n_bits:
-            matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-        # Its first row and column are all ones: a bit that all share tells nothing, but dropping it
-        # would change the length. The first row is left out instead.
-        return np.ascontiguousarray(matrix[1 : n_classes + 1])
     random = np.random.default_rng([n_classes, n_bits])
+    hadamard = n_bits & (n_bits - 1) == 0 and n_classes < n_bits
+    rows = _hadamard(n_bits)[1:] if hadamard else None
     best: NDArray[np.int8] | None = None
-    best_merit = (-1, 0.0)
+    best_merit = (-1, -1, 0.0)
     pairs = np.triu_indices(n_classes, 1)
     # As many entries of a draw are looked at as keeps thousands of classes affordable.
     tries = max(1, min(_TARGET_TRIES, 20_000_000 // (n_classes * n_classes)))
-    for _ in range(tries):
-        draw = (random.integers(0, 2, (n_classes, n_bits)) * 2 - 1).astype(np.int8)
+    for _ in range(tries if rows is None else min(tries, _HADAMARD_TRIES)):
+        if rows is None:
+            draw = (random.integers(0, 2, (n_classes, n_bits)) * 2 - 1).astype(np.int8)
+        else:
+            draw = rows[random.choice(len(rows), n_classes, replace=False)]
+            draw = draw * random.choice(np.array([-1, 1], np.int8), (n_classes, 1))
         products = (draw.astype(np.float32) @ draw.T.astype(np.float32))[pairs]
-        merit = (int((n_bits - products.max()) / 2), -float(np.square(products).mean()))
+        distance = int((n_bits - products.max()) / 2)
+        if distance < best_merit[0]:
+            continue
+        merit = (
+            distance,
+            0 if rows is None else _n_splits(draw),
+            -float(np.square(products).mean()),
+        )
         if merit > best_merit:
             best, best_merit = draw, merit
     assert best is not None, "at least one draw"
     return best
+
+
+def _hadamard(n: int) -> NDArray[np.int8]:
+    """Return Sylvester's matrix of -1 and 1, shape ``[n, n]``, for a power of two."""
+    matrix = np.ones((1, 1), dtype=np.int8)
+    while len(matrix) < n:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix
+
+
+def _n_splits(targets: NDArray[np.int8]) -> int:
+    """Count the different ways in which bits split the classes; a bit all share splits none."""
+    columns = targets * targets[:1]
+    return int((np.unique(columns, axis=1) != 1).any(axis=0).sum())

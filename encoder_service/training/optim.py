@@ -47,7 +47,8 @@ def make_schedule(
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """Make the learning rate's schedule over so many steps."""
     if recipe.schedule == "step":
-        return torch.optim.lr_scheduler.StepLR(optimizer, recipe.decay_every_steps, gamma=0.1)
+        every = recipe.decay_every_steps or max(1, steps // 2)
+        return torch.optim.lr_scheduler.StepLR(optimizer, every, gamma=0.1)
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         [group["lr"] for group in optimizer.param_groups],

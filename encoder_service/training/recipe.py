@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from encoder_service.data.config import DataConfig
+from encoder_service.data.config import DataConfig, split_names
 from hashlens.config import setting
 from hashlens.errors import InvalidInputError
 
@@ -38,6 +38,7 @@ RECIPES: dict[str, Mapping[str, Any]] = {
         "optimizer": "adamw",
         "learning_rate": 5e-4,
         "weight_decay": 0.05,
+        "label_smoothing": 0.0,
     },
     # The author's own training files, see docs/training.md.
     "lin2015": {
@@ -103,8 +104,8 @@ class Recipe:
     augment: Literal["none", "mirror", "light", "standard", "strong"] = setting(
         "standard", "How much training images are changed at random."
     )
-    epochs: int = setting(24, "Passes over the training images.")
-    steps: int = setting(0, "Optimiser steps; 0: as many as the epochs have.")
+    epochs: int = setting(24, "Passes over the training images; see steps.")
+    steps: int = setting(0, "Optimiser steps, in place of epochs; 0: as many as those have.")
     batch_size: int = setting(256, "Images per step, over all processes.")
     optimizer: Literal["sgd", "adamw"] = setting("sgd", "SGD with momentum, or AdamW.")
     momentum: float = setting(0.9, "SGD's; AdamW has its own.")
@@ -112,7 +113,7 @@ class Recipe:
     schedule: Literal["one-cycle", "step"] = setting(
         "one-cycle", "Learning rate: up, then down to nothing; or a tenth every so many steps."
     )
-    decay_every_steps: int = setting(25_000, "See schedule.")
+    decay_every_steps: int = setting(0, "See schedule; 0: half of all steps.")
     learning_rate: float = setting(0.2, "Peak, for parameters that no scale is set for.")
     backbone_learning_rate_scale: float = setting(1.0, "Of the learning rate, for the backbone.")
     depth_learning_rate_decay: float = setting(
@@ -135,7 +136,9 @@ class Recipe:
         "keep the last.",
     )
     unseen_classes: str = setting(
-        "", "Classes left out of the training, with commas between; see hashlens evaluate."
+        "",
+        "Classes left out of the training, with commas between, or semicolons where a name has a "
+        "comma; see hashlens evaluate.",
     )
     amp: Literal["none", "bf16", "fp16"] = setting(
         "none", "Mixed precision: bf16 on CUDA and on CPUs with AMX, fp16 on CUDA."
@@ -165,7 +168,7 @@ class Recipe:
     @property
     def unseen(self) -> tuple[str, ...]:
         """The names in `unseen_classes`."""
-        return tuple(name.strip() for name in self.unseen_classes.split(",") if name.strip())
+        return split_names(self.unseen_classes)
 
 
 def make_recipe(recipe: RecipeName = DEFAULT_RECIPE, **changes: Any) -> Recipe:
@@ -201,7 +204,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("steps", 0, 10**9),
     ("batch_size", 2, 65_536),
     ("momentum", 0, 0.9999),
-    ("decay_every_steps", 1, 10**9),
+    ("decay_every_steps", 0, 10**9),
     ("learning_rate", 0, 10),
     ("backbone_learning_rate_scale", 0, 1000),
     ("depth_learning_rate_decay", 0.01, 1),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from encoder_service.data.images import ImageSet, load_images
@@ -247,12 +249,16 @@ def _seen(classes: tuple[str, ...], unseen: tuple[str, ...]) -> tuple[str, ...]:
 
 def _fingerprint(config: TrainConfig, images: ImageSet, group: Processes) -> dict[str, Any]:
     """Return what must not change between an interruption and going on."""
-    return {
+    fingerprint = {
         **config.to_json(),
         "n_images": len(images),
+        "labels": hashlib.sha256(np.ascontiguousarray(images.labels).tobytes()).hexdigest(),
         "classes": list(images.classes),
         "processes": group.world,
     }
+    if config.init not in ("scratch", "imagenet"):
+        fingerprint["init_model_id"] = load_checkpoint(Path(config.init)).model_id
+    return fingerprint
 
 
 def make_preprocessing(recipe: Recipe) -> Preprocessing:

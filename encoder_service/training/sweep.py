@@ -9,13 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
+
 from encoder_service.data.config import DataConfig
 from encoder_service.training.recipe import RecipeName, TrainConfig, make_train_config
+from hashlens.codes import MAX_BITS
 from hashlens.config import setting
 from hashlens.errors import InvalidInputError
 
 # torch takes seconds to import, and the command line reads this module.
 if TYPE_CHECKING:
+    from encoder_service.data.types import Split
+    from encoder_service.evaluation.encodings import Encodings
+    from encoder_service.evaluation.results import Evaluation
     from encoder_service.training.run import Observer
 
 PROTOCOLS = ("lin2015", "split", "unseen-classes")
@@ -51,12 +57,14 @@ class SweepConfig(DataConfig):
         "lin2015,split", "Protocols, with commas between; unseen-classes trains once more."
     )
     unseen_classes: str = setting(
-        "", "Classes that unseen-classes leaves out of training; empty: the last third."
+        "", "Classes that unseen-classes leaves out of training; without: the last third."
     )
     epochs: int = setting(6, "Passes over the training images, for every combination.")
     batch_size: int = setting(256, "Images per step, for every combination but lin2015.")
-    side: int = setting(0, "Side of the images in pixels; 0: what suits the backbone.")
-    augment: str = setting("standard", "Augmentation preset, for every combination.")
+    side: int = setting(
+        0, "Side of the images in pixels, but for lin2015; 0: what suits the backbone."
+    )
+    augment: str = setting("standard", "Augmentation preset, but for lin2015.")
     amp: Literal["none", "bf16", "fp16"] = setting(
         "none", "Mixed precision, as hashlens train has it."
     )
@@ -96,8 +104,10 @@ def cells(config: SweepConfig) -> list[Cell]:
     backbones = _listed(config.backbones, "backbones", BACKBONE_SETTINGS)
     protocols = _listed(config.protocols, "protocols", PROTOCOLS)
     bits = _listed(config.bits, "bits", None)
-    if not all(text.isdecimal() for text in bits):
-        raise InvalidInputError(f"bits are numbers, not {config.bits!r}.", field="bits")
+    if not all(text.isdecimal() and 1 <= int(text) <= MAX_BITS for text in bits):
+        raise InvalidInputError(
+            f"bits are numbers, each 1 to {MAX_BITS}, not {config.bits!r}.", field="bits"
+        )
     seen = tuple(name for name in protocols if name != "unseen-classes")
     trainings = [seen] if seen else []
     if len(seen) < len(protocols):
@@ -115,11 +125,11 @@ def train_config(config: SweepConfig, cell: Cell, classes: Sequence[str]) -> Tra
     """Return how a combination is trained."""
     unseen = ""
     if cell.protocols == ("unseen-classes",):
-        unseen = config.unseen_classes or ",".join(classes[-max(2, len(classes) // 3) :])
+        unseen = config.unseen_classes or ";".join(classes[-max(2, len(classes) // 3) :]) + ";"
     checkpoint = cell.path(config.output).with_suffix(".safetensors")
     if cell.recipe == "lin2015":
         # As it is, but for the first weights and the time, which a table cannot give each cell.
-        own: Mapping[str, Any] = {"init": "scratch"}
+        own: Mapping[str, Any] = {"init": "scratch", "decay_every_steps": 0}
     else:
         side = {"resize": config.side, "crop": config.side} if config.side else {}
         own = {**BACKBONE_SETTINGS[cell.backbone], "augment": config.augment, **side}
@@ -147,36 +157,52 @@ def train_config(config: SweepConfig, cell: Cell, classes: Sequence[str]) -> Tra
     )
 
 
+def is_done(config: SweepConfig, cell: Cell, classes: Sequence[str]) -> bool:
+    """Tell whether a combination's result is there.
+
+    Raises
+    ------
+    InvalidInputError
+        It is there, but of a training with other settings.
+    """
+    path = cell.path(config.output)
+    if not path.exists():
+        return False
+    result = json.loads(path.read_text("utf-8"))
+    _check_same(path, result["training"], train_config(config, cell, classes))
+    return True
+
+
+def _check_same(path: Path, theirs: Mapping[str, Any], training: TrainConfig) -> None:
+    differing = [
+        f"{name} was {theirs.get(name)!r} and is {value!r}"
+        for name, value in training.to_json().items()
+        if theirs.get(name) != value
+    ]
+    if differing:
+        raise InvalidInputError(
+            f"{path} is of a training with other settings: {'; '.join(differing)}. Use another "
+            "--output, or remove it.",
+            field="output",
+        )
+
+
 def run_cell(
     config: SweepConfig, cell: Cell, classes: Sequence[str], observer: Observer
 ) -> dict[str, Any]:
     """Train a combination, evaluate it, write its result."""
-    from encoder_service.evaluation.config import EvaluateConfig
-    from encoder_service.evaluation.run import evaluate_model
+    from encoder_service.model.checkpoint import load_checkpoint
     from encoder_service.training.run import train_model
 
     path = cell.path(config.output)
     training = train_config(config, cell, classes)
     began = time.perf_counter()
-    if not training.output.exists():
+    if training.output.exists():
+        _check_same(training.output, load_checkpoint(training.output).recipe, training)
+    else:
         train_model(training, observer)
     train_s = time.perf_counter() - began
-    found = {}
-    for protocol in cell.protocols:
-        evaluated = evaluate_model(
-            EvaluateConfig(
-                checkpoint=training.output,
-                protocol=protocol,  # type: ignore[arg-type]
-                local=True,
-                queries=config.queries if protocol == "lin2015" else 0,
-                dataset=config.dataset,
-                data=config.data,
-                skip_unreadable=config.skip_unreadable,
-                device=config.device,
-            ),
-            observer.begin,
-        )
-        found[protocol] = evaluated.evaluation.to_json()
+    found = _evaluate(config, cell, training, observer)
     result = {
         "cell": {
             "recipe": cell.recipe,
@@ -186,7 +212,7 @@ def run_cell(
         },
         "training": training.to_json(),
         "train_s": train_s,
-        "protocols": found,
+        "protocols": {name: evaluation.to_json() for name, evaluation in found.items()},
     }
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
@@ -194,6 +220,50 @@ def run_cell(
     if not config.keep:
         training.output.unlink(missing_ok=True)
     return result
+
+
+def _evaluate(
+    config: SweepConfig, cell: Cell, training: TrainConfig, observer: Observer
+) -> dict[str, Evaluation]:
+    """Evaluate a cell's checkpoint by its protocols; each split is encoded once."""
+    from encoder_service.data.images import load_images
+    from encoder_service.data.source import open_split
+    from encoder_service.data.split import select_classes
+    from encoder_service.evaluation.evaluate import evaluate_encodings
+    from encoder_service.evaluation.local import encode_images
+    from encoder_service.evaluation.run import describe
+    from encoder_service.model.checkpoint import load_checkpoint
+
+    checkpoint = load_checkpoint(training.output)
+
+    def encode(split: Split) -> tuple[Encodings, tuple[str, ...]]:
+        source = open_split(config, split, observer.begin(f"look at the {split} split"))
+        if training.unseen:
+            source = select_classes(source, training.unseen)
+        images = load_images(
+            source, checkpoint.preprocessing, on_progress=observer.begin(f"read the {split} split")
+        )
+        progress = observer.begin(f"encode the {split} split")
+        encodings = encode_images(checkpoint, images, device=config.device, on_progress=progress)
+        return encodings, source.classes
+
+    test, classes = encode("test")
+    found = {}
+    for protocol in cell.protocols:
+        by_train = protocol == "lin2015"
+        asked = test if by_train else None
+        if by_train and 0 < config.queries < len(test):
+            random = np.random.default_rng(config.seed)
+            asked = test.take(np.sort(random.choice(len(test), config.queries, replace=False)))
+        found[protocol] = evaluate_encodings(
+            encode("train")[0] if by_train else test,
+            asked,
+            protocol=protocol,
+            classes=classes,
+            checkpoint=describe(checkpoint),
+            on_progress=observer.begin(f"rank: {protocol}"),
+        )
+    return found
 
 
 def table(results: Iterable[Mapping[str, Any]]) -> str:
@@ -235,7 +305,7 @@ def table(results: Iterable[Mapping[str, Any]]) -> str:
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """Read what there is, ordered by backbone, protocol, bits and recipe."""
-    results = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
+    results = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*seen.json"))]
     order = list(get_args(RecipeName))
     return sorted(
         results,

@@ -170,7 +170,7 @@ def _explanation_to_proto(explanation: Explanation) -> spb.Explanation:
 def _explanation_from_proto(message: spb.Explanation) -> Explanation:
     return Explanation(
         differing_bits=tuple(message.differing_bits),
-        certainty=tuple(message.certainty),
+        certainty=_certainty_from_proto(message),
         prediction=_prediction_from_proto(message),
     )
 
@@ -184,7 +184,19 @@ def _prediction_to_proto(prediction: Prediction | None) -> spb.Prediction | None
 def _prediction_from_proto(holder: spb.Explanation | spb.ReplyExplanation) -> Prediction | None:
     if not holder.HasField("prediction"):
         return None
-    return Prediction(holder.prediction.class_index, holder.prediction.probability)
+    probability = holder.prediction.probability
+    if not 0 <= probability <= 1:  # NaN fails, too
+        raise InvalidInputError(
+            f"{probability} is no probability: one lies in 0..1", field="prediction.probability"
+        )
+    return Prediction(holder.prediction.class_index, probability)
+
+
+def _certainty_from_proto(holder: spb.Explanation | spb.ReplyExplanation) -> tuple[float, ...]:
+    certainty = tuple(holder.certainty)
+    if not all(0 <= margin <= 0.5 for margin in certainty):
+        raise InvalidInputError("a certainty |H - 0.5| lies in 0..0.5", field="certainty")
+    return certainty
 
 
 def reply_explanation_to_proto(explanation: ReplyExplanation, n_bits: int) -> spb.ReplyExplanation:
@@ -206,7 +218,7 @@ def reply_explanation_from_proto(message: spb.ReplyExplanation) -> ReplyExplanat
     """Return the value."""
     return ReplyExplanation(
         code=message.code.bits,
-        certainty=tuple(message.certainty),
+        certainty=_certainty_from_proto(message),
         prediction=_prediction_from_proto(message),
         bits=tuple(
             ExplainedBit(bit.bit, tuple(bit.fires_for), tuple(bit.silent_for))

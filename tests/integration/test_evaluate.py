@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,7 +77,7 @@ def assert_alike(one: Any, other: Any, where: str = "") -> None:
 
 
 @pytest.mark.parametrize(
-    "protocol", [("split",), ("split", "--queries", "50"), ("lin2015", "--queries", "100")]
+    "protocol", [("split", "--queries", "120"), ("lin2015", "--queries", "120")]
 )
 def test_served_equals_local(
     protocol: tuple[str, ...],
@@ -129,4 +133,29 @@ def test_an_unreadable_image_is_named_and_nothing_stays(
         broken.unlink()
     assert isinstance(result.exception, InvalidInputError)
     assert "Bag/broken.png" in result.exception.message
+    assert client.collections() == []
+
+
+def test_interrupted_it_drops_its_collection(
+    data: Path, encoder: ServiceProcess, search: SearchProcess, client: Client
+) -> None:
+    code = (
+        "from encoder_service.evaluation.command import evaluate; "
+        "from hashlens.cli.main import main; main.add_command(evaluate); main()"
+    )
+    options = ["--data", str(data), "--force", "--encoder", encoder.target]
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "evaluate", *options, "--search", search.target],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stderr is not None
+        lines = list(itertools.takewhile(lambda line: "Searching" not in line, process.stderr))
+        assert any("Storing" in line for line in lines)
+        assert [info.spec.name[:9] for info in client.collections()] == ["evaluate-"]
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
     assert client.collections() == []

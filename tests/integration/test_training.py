@@ -30,11 +30,10 @@ from encoder_service.evaluation.local import encode_images
 from encoder_service.model.checkpoint import Checkpoint, load_checkpoint
 from encoder_service.training.fit import StepReport
 from encoder_service.training.history import EpochReport
-from encoder_service.training.recipe import make_train_config
+from encoder_service.training.recipe import make_recipe, make_train_config
 from encoder_service.training.run import make_network, make_preprocessing, train_model
 from encoder_service.training.state import load_state, state_path
 from hashlens.cli.demo_data import load_demo_images
-from hashlens.cpus import usable_cpus
 from tests.support.services import wait_until
 from tests.support.training import SMALL_OPTIONS, Quiet, run_train
 from tests.unit.encoder.conftest import write_idx, write_small_fashion_mnist
@@ -280,7 +279,7 @@ import os, sys
 from pathlib import Path
 import safetensors.torch
 from encoder_service.model.checkpoint import load_checkpoint
-from encoder_service.training.recipe import make_train_config
+from encoder_service.training.recipe import make_recipe, make_train_config
 from encoder_service.training.run import train_model
 from tests.support.training import Quiet
 data, folder, like = map(Path, sys.argv[1:])
@@ -311,27 +310,36 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_two_processes_train_one_network(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_two_processes_do_what_one_does(data: Path, tmp_path: Path) -> None:
     """The same batches, each shared by two.
 
-    On CPUs each normalises over its own half of a batch, and draws its own augmentation: what they
-    learn is alike, not equal.
+    On CPUs each process would normalise over its own half of a batch, and draw its own
+    augmentation, so that results are alike and not equal. Without both, they differ by rounding.
     """
-    done = torchrun(*command(data, tmp_path))
+    plain = ["--freeze", "all", "--hash-norm", "none", "--augment", "none", "--recipe", "csq"]
+    for name in ("together", "alone"):
+        (tmp_path / name).mkdir()
+    done = torchrun(*command(data, tmp_path / "together", *plain))
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "log.csv"}
+    result = run_train(data, *outputs(tmp_path / "alone"), *plain)
+    assert result.exit_code == 0, result.output
+
+    left = {path.name for path in (tmp_path / "together").iterdir()}
+    assert left == {"model.safetensors", "log.csv"}
     # One of them reports.
     assert done.stdout.count("model_id") == 1
     assert done.stderr.count("epoch   2") == 1
-    together = load_checkpoint(tmp_path / "model.safetensors")
-    alone = load_checkpoint(undisturbed / "model.safetensors")
-    assert together.recipe == alone.recipe
-    assert together.model_id != alone.model_id
-    for ours, theirs in zip(log_of(tmp_path), log_of(undisturbed), strict=True):
-        assert (ours["step"], ours["learning_rate"]) == (theirs["step"], theirs["learning_rate"])
-        assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=0.15)
-    name = "lin2015_coarse_precision_at_10"
-    assert together.metrics[name] == pytest.approx(alone.metrics[name], abs=0.15)
+    ours, theirs = (
+        load_checkpoint(tmp_path / n / "model.safetensors") for n in ("together", "alone")
+    )
+    assert ours.recipe == theirs.recipe
+    first = make_network(make_recipe(**recipe_of(tmp_path / "alone")), 10).hash_layer.weight
+    assert not torch.allclose(theirs.network.hash_layer.weight, first, atol=1e-3)
+    for name, tensor in theirs.network.state_dict().items():
+        torch.testing.assert_close(ours.network.state_dict()[name], tensor, rtol=1e-3, atol=1e-5)
+    for line, other in zip(log_of(tmp_path / "together"), log_of(tmp_path / "alone"), strict=True):
+        for name, value in line.items():
+            assert float(value) == pytest.approx(float(other[name]), rel=1e-3, abs=1e-3), name
 
 
 def test_both_processes_have_the_same_weights(
@@ -351,6 +359,7 @@ def test_both_processes_have_the_same_weights(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_thousand_images_are_enough_to_learn_from(tmp_path: Path) -> None:
     """The default recipe, on garments: far above chance, and above LSH on the untrained network."""
     images, labels, _ = load_demo_images()
@@ -361,10 +370,11 @@ def test_a_thousand_images_are_enough_to_learn_from(tmp_path: Path) -> None:
     config = make_train_config(
         data=tmp_path,
         output=tmp_path / "model.safetensors",
-        epochs=8,
+        epochs=5,
         batch_size=50,
         device="cpu",
-        n_threads=usable_cpus(),
+        # Threads that wait for each other on a busy machine cost more than they bring.
+        n_threads=1,
     )
     checkpoint = train_model(config, Quiet())
     learned = checkpoint.metrics

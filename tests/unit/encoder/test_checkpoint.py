@@ -201,8 +201,8 @@ def test_incomplete_metadata(checkpoint_file: Path, key: str) -> None:
 
 
 def test_unknown_backbone(checkpoint_file: Path) -> None:
-    rewrite(checkpoint_file, metadata=lambda plain: plain.update(backbone="vgg16"))
-    with pytest.raises(InvalidInputError, match="no backbone 'vgg16'"):
+    rewrite(checkpoint_file, metadata=lambda plain: plain.update(backbone="vgg19"))
+    with pytest.raises(InvalidInputError, match="no backbone 'vgg19'"):
         load_checkpoint(checkpoint_file)
 
 

@@ -258,3 +258,13 @@ def test_a_thousand_classes_are_affordable() -> None:
     assert targets.shape == (1000, 12)
     # 4096 codes there are; drawn at random, most classes have one of their own.
     assert len(np.unique(targets, axis=0)) > 800
+
+
+@pytest.mark.parametrize("n_bits", [16, 32, 64, 128])
+def test_targets_split_the_classes_in_as_many_ways_as_there_are_bits(n_bits: int) -> None:
+    """The first rows of Sylvester's matrix, without more ado, have 16 different columns."""
+    targets = class_targets(10, n_bits)
+    columns = {tuple(column * column[0]) for column in targets.T}
+    assert len(columns - {(1,) * 10}) >= n_bits - 2
+    distances = [(a != b).sum() for i, a in enumerate(targets) for b in targets[:i]]
+    assert set(distances) == {n_bits // 2}

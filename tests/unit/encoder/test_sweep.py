@@ -38,7 +38,7 @@ def test_only_the_recipe_differs_between_cells_of_a_backbone() -> None:
     config = SweepConfig(recipes="orthohash,csq,ssdh,lin2015-modern", bits="24", epochs=3)
     settings = [train_config(config, cell, ()).to_json() for cell in cells(config)]
     differing = {name for name in settings[0] if len({str(s[name]) for s in settings}) > 1}
-    assert differing == {"recipe", "loss", "hash_norm"}
+    assert differing == {"recipe", "loss", "hash_norm", "label_smoothing"}
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,8 @@ def test_a_sweep_makes_each_cell_once(tmp_path: Path) -> None:
     assert first.stdout.count("\n") == 2 + 2
     assert second.stdout.count("\n") == 2 + 3
 
+    with pytest.raises(InvalidInputError, match="seed was 1 and is 2"):
+        run(tmp_path, "--recipes", "orthohash", "--protocols", "split", "--seed", "2")
     seen = json.loads((tmp_path / "sweep" / "resnet9-orthohash-16-seen.json").read_text())
     line = next(
         line for line in second.stdout.splitlines() if "| orthohash | 16 | 1 | split" in line

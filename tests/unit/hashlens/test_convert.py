@@ -362,3 +362,26 @@ def test_an_item_needs_content_and_a_bounded_payload() -> None:
 def test_a_query_needs_a_kind() -> None:
     with pytest.raises(InvalidInputError):
         convert.query_from_proto(spb.Query())
+
+
+@pytest.mark.parametrize("probability", [float("nan"), -0.5, 1.5, float("inf")])
+def test_an_impossible_probability_is_refused(probability: float) -> None:
+    prediction = spb.Prediction(class_index=0, probability=probability)
+    for reply in (
+        spb.SearchResponse(explanation=spb.ReplyExplanation(prediction=prediction)),
+        spb.SearchResponse(hits=[spb.Hit(explanation=spb.Explanation(prediction=prediction))]),
+    ):
+        with pytest.raises(InvalidInputError) as caught:
+            convert.result_from_proto(reply)
+        assert caught.value.field == "prediction.probability"
+
+
+@pytest.mark.parametrize("margin", [float("nan"), -0.1, 0.6])
+def test_an_impossible_certainty_is_refused(margin: float) -> None:
+    for reply in (
+        spb.SearchResponse(explanation=spb.ReplyExplanation(certainty=[0.1, margin])),
+        spb.SearchResponse(hits=[spb.Hit(explanation=spb.Explanation(certainty=[margin]))]),
+    ):
+        with pytest.raises(InvalidInputError) as caught:
+            convert.result_from_proto(reply)
+        assert caught.value.field == "certainty"
