@@ -171,7 +171,7 @@ def default_checkpoint_path() -> Path:
         str(
             resources.files("encoder_service")
             / "checkpoints"
-            / "fashion-mnist-mobilenet_v3_small-48.safetensors"
+            / "fashion-mnist-resnet9-48.safetensors"
         )
     )
 

@@ -73,7 +73,7 @@ def facts(hits: tuple[Hit, ...]) -> list[tuple[Any, ...]]:
 
 def test_the_model_says_what_it_is(client: Client) -> None:
     model = client.model()
-    assert (model.n_bits, model.backbone, len(model.classes)) == (48, "mobilenet_v3_small", 10)
+    assert (model.n_bits, model.backbone, len(model.classes)) == (48, "resnet9", 10)
     assert model.licence
     assert model.metrics
     assert model.max_message_bytes > model.max_image_bytes

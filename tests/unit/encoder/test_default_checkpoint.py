@@ -31,12 +31,11 @@ def test_what_it_is(encoder: Encoder) -> None:
     assert encoder.classes == FASHION_MNIST_CLASSES
     assert "Zalando SE, MIT" in encoder.data_licence
     assert "Zalando SE" in path.with_name("README.md").read_text()
-    assert encoder.metrics["test_accuracy"] > 0.9
-    ranked = [
-        v for name, v in encoder.metrics.items() if name.endswith("two_stage_precision_at_10")
-    ]
-    assert ranked
-    assert min(ranked) > 0.85
+    # The targets that it was chosen by; docs/training.md has what was measured.
+    assert encoder.metrics["split_coarse_map_full"] >= 0.90
+    assert encoder.metrics["split_two_stage_precision_at_10"] >= 0.93
+    assert encoder.metrics["lin2015_coarse_map_at_1000"] >= 0.93
+    assert encoder.metrics["lin2015_two_stage_map_at_1000"] >= 0.94
 
 
 def encode_files(encoder: Encoder, images: np.ndarray, labels: np.ndarray, kind: str) -> Encodings:
@@ -70,7 +69,7 @@ def test_finds_the_same_kind_of_garment(encoder: Encoder, stored: Encodings, kin
     )
     precision = result.rankings["two_stage"].precision_at_10
     assert precision is not None
-    assert precision >= 0.85
+    assert precision >= 0.90
 
 
 def test_its_bits_are_all_used(stored: Encodings) -> None:
