@@ -147,7 +147,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, low, high in _RANGES:
-            value = getattr(self, name)
+            # Those of `TrainConfig` are among them.
+            value = getattr(self, name, low)
             if not low <= value <= high:
                 raise InvalidInputError(f"{name} is {low:g} to {high:g}, not {value}.", field=name)
         if self.recipe not in RECIPES:
@@ -221,4 +222,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("holdout", 0, 0.9),
     ("patience", 0, 100_000),
     ("seed", 0, 2**63 - 1),
+    ("save_every_s", 0, 10**9),
+    ("n_workers", 1, 256),
+    ("max_cache_mib", 0, 10**9),
 )

@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from hashlens import Client
 from tests.support.services import START_S, STOP_S, wait_until
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)
-DEMO, UP, COMMANDS = (text for language, text in BLOCKS if language == "bash")
+DEMO, UP, COMMANDS, MODEL = (text for language, text in BLOCKS if language == "bash")
 PYTHON, GRPC = (text for language, text in BLOCKS if language == "python")
 STEP_S = 150.0
 
@@ -105,7 +106,7 @@ def with_ports(code: str, env: dict[str, str]) -> str:
 
 
 def test_there_is_no_block_that_nobody_runs() -> None:
-    assert [language for language, _ in BLOCKS] == ["", "bash", "bash", "bash", "python", "python"]
+    assert [language for language, _ in BLOCKS] == ["", *["bash"] * 4, "python", "python"]
     assert [line.split("#")[0].strip() for line in DEMO.splitlines()] == ["make demo", "make test"]
 
 
@@ -133,6 +134,23 @@ def test_the_commands(up: None, pictures: Path, env: dict[str, str]) -> None:
     for line in COMMANDS.splitlines():
         run(line, pictures, env)
     assert "<html" in (pictures / "answer.html").read_text("utf-8").lower()
+
+
+def test_a_model_of_ones_own(pictures: Path, env: dict[str, str]) -> None:
+    for label in ("bright", "dark"):
+        (pictures / "photos" / label).mkdir(parents=True)
+    for i, path in enumerate(sorted((pictures / "pictures").glob("*.png"))):
+        with Image.open(path) as image:
+            shade = image.point(lambda value, odd=i % 2: value // 2 + 127 * odd)
+            shade.save(pictures / "photos" / ("dark", "bright")[i % 2] / path.name)
+    few = {
+        "HASHLENS_TRAIN_BATCH_SIZE": "8",
+        "HASHLENS_TRAIN_EPOCHS": "2",
+        "HASHLENS_TRAIN_LEARNING_RATE": "0.01",
+    }
+    for line in MODEL.splitlines():
+        run(line, pictures, {**env, **few})
+    assert "<html" in (pictures / "photos.html").read_text("utf-8").lower()
 
 
 def test_the_python_sessions(up: None, pictures: Path, env: dict[str, str]) -> None:

@@ -152,6 +152,6 @@ def test_a_collection_made_anew_by_others_is_read_anew(
 def test_a_reply_that_cannot_fit_is_refused_before_any_work(
     client: Client, embedding: Embedding
 ) -> None:
-    ids = ["a"] * 40_000
+    ids = ["a"] * 200_000
     with pytest.raises(InvalidInputError, match="above the limit"):
         client.get_items("photos", ids, with_feature=True)

