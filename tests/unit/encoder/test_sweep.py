@@ -90,4 +90,4 @@ def test_a_sweep_makes_each_cell_once(tmp_path: Path) -> None:
     line = next(
         line for line in second.stdout.splitlines() if "| orthohash | 16 | 1 | split" in line
     )
-    assert f"{seen['protocols']['split']['coarse']['map_full']:.4f}" in line
+    assert f"{seen['protocols']['split']['coarse']['tie_aware_map_full']:.4f}" in line
