@@ -118,6 +118,11 @@ class Trainer:
         """One for each epoch that is done."""
 
     @property
+    def step(self) -> int:
+        """Optimiser steps so far."""
+        return self._step
+
+    @property
     def result(self) -> HashNet:
         """The network as it is to be served: averaged, the best or the last."""
         network = self._network if self._average is None else self._average.network

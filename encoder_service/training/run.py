@@ -149,7 +149,8 @@ def _learn(
         group=group,
         n_workers=config.n_workers,
     )
-    _train(trainer, config, observer, group, _fingerprint(config, images, group))
+    fingerprint = _fingerprint(config, images, group)
+    _train(trainer, config, observer, device, group, fingerprint)
     checkpoint = Checkpoint(
         network=trainer.result.cpu(),
         preprocessing=preprocessing,
@@ -164,6 +165,7 @@ def _train(
     trainer: Trainer,
     config: TrainConfig,
     observer: Observer,
+    device: torch.device,
     group: Processes,
     fingerprint: Mapping[str, Any],
 ) -> None:
@@ -174,6 +176,12 @@ def _train(
         trainer.restore(stored["trainer"])
         observer.note(
             f"going on after step {stored['trainer']['step']} of {trainer.steps}, from {path}"
+        )
+    if group.agree(trainer.step, device) != trainer.step:
+        raise InvalidInputError(
+            f"the first process goes on from {path}, another one does not see that file: put "
+            "--output where all of them can read it, or use --no-resume.",
+            field="resume",
         )
     saved_at = time.monotonic()
 

@@ -64,7 +64,9 @@ class SweepConfig(DataConfig):
     side: int = setting(
         0, "Side of the images in pixels, but for lin2015; 0: what suits the backbone."
     )
-    augment: str = setting("standard", "Augmentation preset, but for lin2015.")
+    augment: Literal["none", "mirror", "light", "standard", "strong"] = setting(
+        "standard", "Augmentation preset, but for lin2015."
+    )
     amp: Literal["none", "bf16", "fp16"] = setting(
         "none", "Mixed precision, as hashlens train has it."
     )
