@@ -125,6 +125,9 @@ class Recipe:
     label_smoothing: float = setting(0.1, "Share of the target spread over all classes.")
     margin: float = setting(0.2, "orthohash: taken from the cosine to the own class's target.")
     scale: float = setting(0.0, "orthohash: of the cosines; 0: the root of n_bits.")
+    structure_weight: float = setting(
+        0.0, "orthohash: of keeping codes as far apart as F7 has them, whatever their class."
+    )
     push_weight: float = setting(1.0, "ssdh: of the push of H away from 0.5.")
     fire_weight: float = setting(1.0, "ssdh: of the pull to half of the bits at 1.")
     quantisation_weight: float = setting(1e-4, "csq: of the pull of H to 0 and 1.")
@@ -215,6 +218,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("label_smoothing", 0, 1),
     ("margin", 0, 2),
     ("scale", 0, 1000),
+    ("structure_weight", 0, 1000),
     ("push_weight", 0, 1000),
     ("fire_weight", 0, 1000),
     ("quantisation_weight", 0, 1000),

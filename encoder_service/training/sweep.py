@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from encoder_service.data.config import DataConfig
-from encoder_service.training.recipe import RecipeName, TrainConfig, make_train_config
+from encoder_service.training.recipe import Recipe, RecipeName, TrainConfig, make_train_config
 from hashlens.codes import MAX_BITS
 from hashlens.config import setting
 from hashlens.errors import InvalidInputError
@@ -176,10 +176,12 @@ def is_done(config: SweepConfig, cell: Cell, classes: Sequence[str]) -> bool:
 
 
 def _check_same(path: Path, theirs: Mapping[str, Any], training: TrainConfig) -> None:
+    # A setting that came later had its default before.
+    theirs = {**{field.name: field.default for field in fields(Recipe)}, **theirs}
     differing = [
-        f"{name} was {theirs.get(name)!r} and is {value!r}"
+        f"{name} was {theirs[name]!r} and is {value!r}"
         for name, value in training.to_json().items()
-        if theirs.get(name) != value
+        if theirs[name] != value
     ]
     if differing:
         raise InvalidInputError(

@@ -268,3 +268,24 @@ def test_targets_split_the_classes_in_as_many_ways_as_there_are_bits(n_bits: int
     assert len(columns - {(1,) * 10}) >= n_bits - 2
     distances = [(a != b).sum() for i, a in enumerate(targets) for b in targets[:i]]
     assert set(distances) == {n_bits // 2}
+
+
+def test_structure_is_the_mean_square_between_cosines_of_pairs() -> None:
+    output = outputs()
+    features = torch.randn(N, 4, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    output = output._replace(features=features)
+    plain = make_loss(recipe("orthohash"), N_CLASSES)
+    weighted = make_loss(recipe("orthohash", structure_weight=2.5), N_CLASSES)
+    labels = torch.from_numpy(ONE_LABEL)
+    got = weighted(output, labels) - plain(output, labels)
+
+    def cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
+        return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+    u, f = (t.detach().double().numpy() for t in (output.scores, features))
+    gaps = [
+        (cosine(u[i], u[j]) - cosine(f[i], f[j])) ** 2 for i in range(N) for j in range(N) if i != j
+    ]
+    assert got.item() == pytest.approx(2.5 * np.mean(gaps), rel=1e-4)
+    got.backward()
+    assert features.grad is None
