@@ -282,7 +282,14 @@ _COLUMNS = (
     ("lsh", "precision_at_10"),
 )
 
-_SHORT = {"map_full": "mAP", "map_at_1000": "mAP@1000", "precision_at_10": "P@10"}
+_SHORT = {
+    "map_full": "mAP",
+    "map_at_1000": "mAP@1000",
+    "precision_at_10": "P@10",
+    "two_stage": "two-stage",
+    "itq": "ITQ",
+    "lsh": "LSH",
+}
 
 
 def table(results: Iterable[Mapping[str, Any]]) -> str:
@@ -291,7 +298,7 @@ def table(results: Iterable[Mapping[str, Any]]) -> str:
     Codes are those of the database. The first mAP is over the full list with equal distances in
     all orders, with half of the 95% interval over the queries of the one in the served order.
     """
-    names = [f"{ranking.replace('_', '-')} {_SHORT[metric]}" for ranking, metric in _COLUMNS]
+    names = [f"{_SHORT.get(ranking, ranking)} {_SHORT[metric]}" for ranking, metric in _COLUMNS]
     head = ["backbone", "recipe", "bits", "epochs", "protocol", "accuracy", "codes", "coarse mAP"]
     lines = [
         "| " + " | ".join(head + names) + " |",
