@@ -8,6 +8,7 @@ needs for explanations, learns to read H without changing it.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ def make_loss(recipe: Recipe, n_classes: int, *, multi_label: bool = False) -> H
             return Csq(recipe, class_targets(n_classes, recipe.n_bits), multi_label)
 
 
-class HashLoss(nn.Module):
+class HashLoss(nn.Module, ABC):
     """Base of the losses.
 
     Attributes
@@ -83,6 +84,7 @@ class HashLoss(nn.Module):
         self.label_smoothing = label_smoothing
         self.multi_label = multi_label
 
+    @abstractmethod
     def forward(self, output: HashOutput, labels: Tensor) -> Tensor:
         """Return the loss, a scalar in float32.
 
@@ -93,7 +95,6 @@ class HashLoss(nn.Module):
         labels
             See the module.
         """
-        raise NotImplementedError
 
     def classification(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return cross-entropy: softmax for one label an image, else one sigmoid a class."""

@@ -227,6 +227,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("patience", 0, 100_000),
     ("seed", 0, 2**63 - 1),
     ("save_every_s", 0, 10**9),
+    ("n_threads", 0, 4096),
     ("n_workers", 1, 256),
     ("max_cache_mib", 0, 10**9),
 )

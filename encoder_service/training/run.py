@@ -86,10 +86,6 @@ def train_model(config: TrainConfig, observer: Observer) -> Checkpoint:
         The disk is full.
     """
     device = local_device(resolve_device(config.device))
-    if config.n_threads < 0:
-        raise InvalidInputError(
-            f"n_threads is 0 or more, not {config.n_threads}.", field="n_threads"
-        )
     if config.n_threads:
         torch.set_num_threads(config.n_threads)
     for name in ("output", "log", "plot"):

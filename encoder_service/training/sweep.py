@@ -160,7 +160,7 @@ def train_config(config: SweepConfig, cell: Cell, classes: Sequence[str]) -> Tra
 
 
 def is_done(config: SweepConfig, cell: Cell, classes: Sequence[str]) -> bool:
-    """Tell whether a combination's result is there.
+    """Tell whether a combination's result is there, by all of its protocols.
 
     Raises
     ------
@@ -172,7 +172,7 @@ def is_done(config: SweepConfig, cell: Cell, classes: Sequence[str]) -> bool:
         return False
     result = json.loads(path.read_text("utf-8"))
     _check_same(path, result["training"], train_config(config, cell, classes))
-    return True
+    return set(cell.protocols) <= set(result["protocols"])
 
 
 def _check_same(path: Path, theirs: Mapping[str, Any], training: TrainConfig) -> None:
@@ -206,7 +206,12 @@ def run_cell(
     else:
         train_model(training, observer)
     train_s = time.perf_counter() - began
-    found = _evaluate(config, cell, training, observer)
+    found = {
+        name: evaluation.to_json()
+        for name, evaluation in _evaluate(config, cell, training, observer).items()
+    }
+    if path.exists():  # Of the same training, by other protocols.
+        found = {**json.loads(path.read_text("utf-8"))["protocols"], **found}
     result = {
         "cell": {
             "recipe": cell.recipe,
@@ -216,7 +221,7 @@ def run_cell(
         },
         "training": training.to_json(),
         "train_s": train_s,
-        "protocols": {name: evaluation.to_json() for name, evaluation in found.items()},
+        "protocols": found,
     }
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(result, indent=1) + "\n", "utf-8")

@@ -84,6 +84,9 @@ def test_a_sweep_makes_each_cell_once(tmp_path: Path) -> None:
     assert first.stdout.count("\n") == 2 + 2
     assert second.stdout.count("\n") == 2 + 3
 
+    run(tmp_path, "--recipes", "csq", "--protocols", "lin2015", "--queries", "20")
+    added = json.loads((tmp_path / "sweep" / "resnet9-csq-16-seen.json").read_text())
+    assert set(added["protocols"]) == {"split", "lin2015"}
     with pytest.raises(InvalidInputError, match="seed was 1 and is 2"):
         run(tmp_path, "--recipes", "orthohash", "--protocols", "split", "--seed", "2")
     seen = json.loads((tmp_path / "sweep" / "resnet9-orthohash-16-seen.json").read_text())
