@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP = $(BIN)/python -m pip install --disable-pip-version-check
-PACKAGE := -e '.[encoder,search,train,dev]' -c constraints.txt
+PACKAGE := -e '.[encoder,search,train,bench,dev]' -c constraints.txt
 SOURCES := hashlens encoder_service search_service protos tests
 
 .DEFAULT_GOAL := help

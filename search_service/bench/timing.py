@@ -1,0 +1,69 @@
+"""Timing several contenders in turn, so that a machine's moods meet them all alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+MIN_REPEATS = 5
+"""Rounds of which a median is taken, whatever the budget."""
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """What one contender took, in milliseconds."""
+
+    samples_ms: tuple[float, ...]
+
+    @property
+    def median_ms(self) -> float:
+        """The number to quote."""
+        return float(np.median(self.samples_ms))
+
+    def percentile_ms(self, percent: float) -> float:
+        """Return a percentile, between the two nearest ranks in proportion."""
+        return float(np.percentile(self.samples_ms, percent))
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[int], Any]],
+    *,
+    repeats: int,
+    warmups: int = 2,
+    budget_s: float = 60.0,
+) -> dict[str, Times]:
+    """Time contenders in turn: A B C, A B C, ...
+
+    Parameters
+    ----------
+    contenders
+        Name -> what to time. It gets the number of the round, to take another query each time;
+        all get the same.
+    repeats
+        Rounds.
+    warmups
+        Rounds before, which do not count.
+    budget_s
+        No round begins after so many seconds, once there are `MIN_REPEATS`.
+
+    Returns
+    -------
+    dict
+        By name, in the order given.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    began_s = time.monotonic()
+    for number in range(-warmups, repeats):
+        if number >= MIN_REPEATS and time.monotonic() - began_s > budget_s:
+            break
+        for name, contender in contenders.items():
+            began_ns = time.perf_counter_ns()
+            contender(number + warmups)
+            took_ms = (time.perf_counter_ns() - began_ns) / 1e6
+            if number >= 0:
+                samples[name].append(took_ms)
+    return {name: Times(tuple(values)) for name, values in samples.items()}
