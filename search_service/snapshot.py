@@ -77,6 +77,11 @@ class Snapshot:
     its segment holds at such a row is never read."""
     model_id: str = ""
     """Which model made the embeddings; when it is set, a query of any other is refused."""
+    table_id: str = ""
+    """Names the append-only table that this is a version of: two snapshots with the same one have
+    the same rows as far as both reach, only `dead` may differ. Empty: not known."""
+    columns: NDArray[np.int64] = field(init=False)
+    """Address of each of `words`: int64, shape ``[n_words]``."""
 
     def __post_init__(self) -> None:
         rows = self.rows
@@ -85,6 +90,8 @@ class Snapshot:
         _require(len(self.words) == codes.n_words(self.n_bits), "one array per 64-bit word")
         for words in self.words:
             _require_vector(words, np.dtype(np.uint64), rows, "words")
+        addresses = [words.__array_interface__["data"][0] for words in self.words]
+        object.__setattr__(self, "columns", np.array(addresses, dtype=np.int64))
         for name, flags in (("dead", self.dead), ("has_feature", self.has_feature)):
             if flags is not None:
                 _require_vector(flags, np.dtype(np.uint8), rows, name)

@@ -26,14 +26,21 @@ VOID = types.void
 
 U8_IN = types.Array(types.uint8, 1, "C", readonly=True)
 U16_IN = types.Array(types.uint16, 1, "C", readonly=True)
+U16_IN_3D = types.Array(types.uint16, 3, "C", readonly=True)
+U32_IN = types.Array(types.uint32, 1, "C", readonly=True)
 U64_IN = types.Array(types.uint64, 1, "C", readonly=True)
+U64_IN_2D = types.Array(types.uint64, 2, "C", readonly=True)
 I64_IN = types.Array(types.int64, 1, "C", readonly=True)
+I64_IN_3D = types.Array(types.int64, 3, "C", readonly=True)
 F32_IN = types.Array(types.float32, 1, "C", readonly=True)
 U16_OUT = types.Array(types.uint16, 1, "C")
+U16_OUT_3D = types.Array(types.uint16, 3, "C")
 I64_OUT = types.Array(types.int64, 1, "C")
+U64_OUT_2D = types.Array(types.uint64, 2, "C")
 U32_OUT = types.Array(types.uint32, 1, "C")
 F32_OUT = types.Array(types.float32, 1, "C")
 I64_OUT_2D = types.Array(types.int64, 2, "C")
+I64_OUT_3D = types.Array(types.int64, 3, "C")
 
 _jit = functools.partial(numba.njit, nogil=True, error_model="numpy")
 
