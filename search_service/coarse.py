@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numba
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from search_service import margins
 from search_service.cancel import Cancel
 from search_service.kernels import hamming
+from search_service.multi_index import MultiIndex, scan_cost_ns
 from search_service.snapshot import Snapshot
 
 _SCAN_ROWS = 1 << 22
@@ -34,6 +36,12 @@ _SPARE_ROWS = 1024
 _MAX_LISTED = 1 << 23
 """Most rows that a thread has room for at a time; a batch that takes more is cut."""
 
+_INDEX_SHARE = 0.5
+"""An index is asked if that takes at most this share of what a scan would: both are estimates."""
+
+_TRIAL_SHARE = 0.05
+"""What may be spent on an index that may not find enough, as a share of the scan."""
+
 _NO_FLAGS = np.empty(0, dtype=np.uint8)
 
 
@@ -51,6 +59,8 @@ class Pool:
     """Rows of the complete ball at each distance, shape ``[threshold_bits + 1]``."""
     truncated: bool
     """Whether `rows` is less than the complete ball."""
+    n_compared: int
+    """Codes that were looked at to find them."""
 
     def radius_of(self, n: int) -> int:
         """Return the smallest radius within which the ball has `n` rows, or all if it has fewer."""
@@ -114,9 +124,16 @@ def find_pool(
 
 
 def find_pools(
-    snapshot: Snapshot, wanted: Sequence[Wanted], *, scratch: Scratch, cancel: Cancel
+    snapshot: Snapshot,
+    wanted: Sequence[Wanted],
+    *,
+    scratch: Scratch,
+    cancel: Cancel,
+    index: MultiIndex | None = None,
 ) -> list[Pool]:
     """Find the rows within a Hamming radius of each query, in one pass over the codes for all.
+
+    A query that the index answers sooner than a pass would is answered by it.
 
     Parameters
     ----------
@@ -128,6 +145,8 @@ def find_pools(
         Working memory.
     cancel
         Polled between blocks.
+    index
+        Of the first rows of the snapshot's table, no more than it has. None: scan all.
 
     Returns
     -------
@@ -146,13 +165,20 @@ def find_pools(
         [min(one.n_rows, snapshot.n_alive) if one.radius_bits is None else 0 for one in wanted],
         dtype=np.int64,
     )
+    pools: dict[int, Pool] = {}
+    if index is not None:
+        for i, one in enumerate(wanted):
+            pool = _from_index(snapshot, index, one, int(n_rows[i]), scratch, cancel)
+            if pool is not None:
+                pools[i] = pool
+    pending = [i for i in range(len(wanted)) if i not in pools]
+    if not pending:
+        return [pools[i] for i in range(len(wanted))]
     guesses = _Guesses(snapshot, queries, n_rows)
     ceilings = [
         guesses.ceiling(i, int(n_rows[i])) if one.radius_bits is None else one.radius_bits
         for i, one in enumerate(wanted)
     ]
-    pools: dict[int, Pool] = {}
-    pending = list(range(len(wanted)))
     rooms = {i: guesses.room(i, ceilings[i]) for i in pending}
     while pending:
         part = _as_fit(pending, rooms)
@@ -174,12 +200,85 @@ def find_pools(
             asked = wanted[i].radius_bits
             threshold_bits = int(ball.searchsorted(n_rows[i])) if asked is None else asked
             if scan.has_all(place, threshold_bits):
-                pools[i] = _cut(snapshot, wanted[i], scan, place, ball, threshold_bits, cancel)
+                found = _Found(ball, partial(scan.rows, place), snapshot.n_alive)
+                pools[i] = _cut(snapshot, wanted[i], found, threshold_bits, cancel)
                 pending.remove(i)
             else:  # There was no room for all; now it is known how much it takes.
                 ceilings[i] = threshold_bits
                 rooms[i] = scan.room_for(place, threshold_bits)
     return [pools[i] for i in range(len(wanted))]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Found:
+    """Rows near a query, wherever they came from."""
+
+    ball: NDArray[np.int64]
+    """Rows within each radius, as far as that is known."""
+    rows: Callable[[int, int], tuple[NDArray[np.int64], NDArray[np.uint16]]]
+    """Takes a radius and how many rows are within it; returns them, ascending, and distances."""
+    n_compared: int
+
+
+def _from_index(
+    snapshot: Snapshot,
+    index: MultiIndex,
+    wanted: Wanted,
+    n_wanted: int,
+    scratch: Scratch,
+    cancel: Cancel,
+) -> Pool | None:
+    """Ask an index, and scan what is behind it; None if a scan of all is as fast."""
+    allowed_ns = scan_cost_ns(index.rows, wanted.query.shape[0])
+    if wanted.radius_bits is not None:
+        radius_bits = wanted.radius_bits
+        if index.cost_ns(wanted.query, radius_bits) > _INDEX_SHARE * allowed_ns:
+            return None
+        near = index.find(snapshot, wanted.query, radius_bits)
+    else:
+        # The radius is not known, so all are tried from 0 on, as long as that costs next to nothing
+        # beside the scan that may have to come after all.
+        spent_ns = 0.0
+        for radius_bits in range(snapshot.n_bits + 1):
+            spent_ns += index.cost_ns(wanted.query, radius_bits)
+            if spent_ns > _TRIAL_SHARE * allowed_ns:
+                return None
+            near = index.find(snapshot, wanted.query, radius_bits)
+            if near.rows.shape[0] >= n_wanted:
+                break
+        else:
+            return None
+    room = _SPARE_ROWS
+    while True:
+        rest = _Scan(
+            snapshot,
+            wanted.query[np.newaxis],
+            ceilings=[radius_bits],
+            n_wanted=np.zeros(1, dtype=np.int64),
+            room=room,
+            scratch=scratch,
+            cancel=cancel,
+            first_row=index.rows,
+        )
+        if rest.has_all(0, radius_bits):
+            break
+        room = rest.room_for(0, radius_bits)
+    ball = near.counts.cumsum() + rest.ball(0)
+
+    def rows(radius: int, n: int) -> tuple[NDArray[np.int64], NDArray[np.uint16]]:
+        inside = near.hamming_bits <= radius
+        n_inside = int(np.count_nonzero(inside))
+        more_rows, more_bits = rest.rows(0, radius, n - n_inside)
+        return (
+            np.concatenate([near.rows[inside], more_rows]),
+            np.concatenate([near.hamming_bits[inside], more_bits]),
+        )
+
+    threshold_bits = radius_bits
+    if wanted.radius_bits is None:
+        threshold_bits = int(ball.searchsorted(n_wanted))
+    found = _Found(ball, rows, near.n_compared + snapshot.rows - index.rows)
+    return _cut(snapshot, wanted, found, threshold_bits, cancel)
 
 
 class _Guesses:
@@ -248,7 +347,9 @@ class _Scan:
         room: int,
         scratch: Scratch,
         cancel: Cancel,
+        first_row: int = 0,
     ) -> None:
+        self._first_row = first_row
         n_queries, n_parts = queries.shape[0], numba.get_num_threads()
         self._states = np.zeros((n_parts, n_queries, hamming.N_STATE), dtype=np.int64)
         self._states[:, :, hamming.CEILING] = ceilings
@@ -292,8 +393,11 @@ class _Scan:
         cancel: Cancel,
     ) -> None:
         n_parts = self._states.shape[0]
-        n_groups = snapshot.rows // hamming.GROUP_ROWS
-        edges = [n_groups * part // n_parts * hamming.GROUP_ROWS for part in range(n_parts)]
+        first_row = self._first_row
+        n_groups = (snapshot.rows - first_row) // hamming.GROUP_ROWS
+        edges = [
+            first_row + n_groups * part // n_parts * hamming.GROUP_ROWS for part in range(n_parts)
+        ]
         edges.append(snapshot.rows)
         groups = np.empty((n_parts, hamming.BLOCK_GROUPS + 1), dtype=np.int64)
         members = np.empty((n_parts, hamming.BLOCK_GROUPS + 1), dtype=np.uint64)
@@ -333,23 +437,17 @@ def _as_fit(pending: list[int], rooms: dict[int, int]) -> list[int]:
 
 
 def _cut(
-    snapshot: Snapshot,
-    wanted: Wanted,
-    scan: _Scan,
-    place: int,
-    ball: NDArray[np.int64],
-    threshold_bits: int,
-    cancel: Cancel,
+    snapshot: Snapshot, wanted: Wanted, found: _Found, threshold_bits: int, cancel: Cancel
 ) -> Pool:
     """Make the pool of a ball, cut to what is wanted of it."""
-    ball = ball[: threshold_bits + 1]
+    ball = found.ball[: threshold_bits + 1]
     max_rows = wanted.max_rows
     truncated = False
     edge_bits = threshold_bits
     if max_rows is not None and ball[-1] > max_rows:
         truncated = True
         edge_bits = int(np.searchsorted(ball, max_rows))
-    rows, hamming_bits = scan.rows(place, edge_bits, int(ball[edge_bits]))
+    rows, hamming_bits = found.rows(edge_bits, int(ball[edge_bits]))
     if max_rows is not None and rows.shape[0] > max_rows:
         at_edge = np.flatnonzero(hamming_bits == edge_bits)
         if wanted.weights is not None:
@@ -359,7 +457,8 @@ def _cut(
             at_edge = at_edge[_farthest(asymmetric, rows.shape[0] - max_rows)]
         surplus = at_edge[max_rows - rows.shape[0] :]
         rows, hamming_bits = np.delete(rows, surplus), np.delete(hamming_bits, surplus)
-    return Pool(rows, hamming_bits, threshold_bits, np.diff(ball, prepend=0), truncated)
+    histogram = np.diff(ball, prepend=0)
+    return Pool(rows, hamming_bits, threshold_bits, histogram, truncated, found.n_compared)
 
 
 def _farthest(distances: NDArray[np.uint32], n: int) -> NDArray[np.int64]:

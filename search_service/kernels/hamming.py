@@ -214,8 +214,8 @@ _any_near_n, _members_n = _any_width()
 _alive: Any = intrinsic(_define_alive)
 """Which rows of a group are not dead, one bit each."""
 
-_word_at: Any = intrinsic(_define_word_at)
-_popcount: Any = intrinsic(_define_popcount)
+word_at: Any = intrinsic(_define_word_at)
+popcount: Any = intrinsic(_define_popcount)
 _lowest_set_bit: Any = intrinsic(_define_lowest_set_bit)
 
 # What `states` holds for each part and query.
@@ -273,7 +273,7 @@ def _take(row, distance, n_wanted, state, counts, rows, row_bits):  # type: igno
 def _distance_of(columns, query, row):  # type: ignore[no-untyped-def]
     distance = 0
     for j in range(query.shape[0]):
-        distance += _popcount(_word_at(columns[j] + row * 8) ^ query[j])
+        distance += popcount(word_at(columns[j] + row * 8) ^ query[j])
     return distance
 
 
@@ -315,14 +315,14 @@ def _scan_rows(  # type: ignore[no-untyped-def]
     n_near = 0
     if dead.shape[0] == 0:
         for i in range(n):
-            n_near += _popcount(members[i])
+            n_near += popcount(members[i])
     else:
         n_some = 0
         for i in range(n):
             some = members[i] & _alive(dead, groups[i])
             groups[n_some], members[n_some] = groups[i], some
             n_some += 1 if some != 0 else 0
-            n_near += _popcount(some)
+            n_near += popcount(some)
 
     # Every group listed has a bit set, so the next group comes when the last bit is gone.
     group, left = 0, members[0]
