@@ -90,31 +90,28 @@ class Report:
     def shown(self) -> RenderableType:
         """Return the table, ready to print."""
         peers = _names(result.peer_ms for result in self.results)
-        extras = _names(result.extra for result in self.results)
         table = Table(box=None, pad_edge=False)
-        table.add_column("case")
-        for heading in ("rows", "bits", "k", "ours ms"):
-            table.add_column(heading, justify="right")
-        for peer in peers:
-            table.add_column(f"{peer} ms", justify="right")
-            table.add_column("ratio", justify="right")
-        for heading in ("GB/s", "recall", *extras):
-            table.add_column(heading, justify="right")
+        table.add_column("case", overflow="fold")
+        for heading in ("rows", "bits", "k", "ours ms", *peers, "GB/s", "recall"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("besides", overflow="fold")
         for result in self.results:
             cells = [f"{result.rows:,}", str(result.bits), f"{result.k:,}", _number(result.ours_ms)]
             for peer in peers:
-                cells.append(_number(result.peer_ms.get(peer)))
                 ratio = result.ratio.get(peer)
-                cells.append("-" if ratio is None else f"{ratio:.2f}x")
-            cells += [_number(result.gb_per_s), _number(result.recall)]
-            cells += [_number(result.extra.get(name)) for name in extras]
+                cells.append(
+                    "-" if ratio is None else f"{_number(result.peer_ms[peer])} {ratio:.2f}x"
+                )
+            besides = ", ".join(f"{name} {_number(value)}" for name, value in result.extra.items())
+            cells += [_number(result.gb_per_s), _number(result.recall), besides]
             table.add_row(result.case, *cells)
         return Group(
             f"bench {self.bench} on {self.machine.summary()}",
             "",
             table,
             "",
-            "ratio: the peer's time by ours. Medians of one query; of a batch its share.",
+            "ms x: a peer's time, and how many times longer that is. Medians of one query; of a "
+            "batch its share.",
         )
 
     def write_json(self, path: Path) -> None:
