@@ -382,6 +382,21 @@ class SearchResult:
 
 
 @dataclass(frozen=True, slots=True)
+class AuditResult:
+    """A query answered twice, in two stages and exhaustively, on one version of the data."""
+
+    answer: SearchResult
+    """The two-stage answer."""
+    exhaustive_hits: tuple[Hit, ...]
+    """The `k` nearest, by (Euclidean distance, Hamming distance, id), of all items that have a
+    feature; all of them if they are fewer. With payloads if asked for, and nothing else."""
+    recall: float
+    """Share of `exhaustive_hits` that `answer` has; 1 if there are none."""
+    first_miss: int | None
+    """Position in `exhaustive_hits` of the first that `answer` lacks; None if it lacks none."""
+
+
+@dataclass(frozen=True, slots=True)
 class BallPart:
     """A part of a ball, as it is streamed."""
 
