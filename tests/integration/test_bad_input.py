@@ -224,9 +224,7 @@ def test_bad_options(
         (
             "Audit",
             spb.AuditRequest(
-                search=spb.SearchRequest(
-                    collection="photos", options=spb.SearchOptions(k=5)
-                )
+                search=spb.SearchRequest(collection="photos", options=spb.SearchOptions(k=5))
             ),
             Code.INVALID_ARGUMENT,
             "search.query",
