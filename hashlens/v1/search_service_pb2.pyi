@@ -711,7 +711,7 @@ class SearchOptions(_message.Message):
     whose complete ball holds at least max(k, min_pool) rows.
     """
     min_pool: _builtins.int
-    """See max_hamming_bits; absent means 1000."""
+    """See max_hamming_bits; absent means 5000."""
     max_pool: _builtins.int
     """Most rows that the fine stage may look at, at least k; the first by (Hamming distance,
     asymmetric distance, age) stay. Absent: no cap.
