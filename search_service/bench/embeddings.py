@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hashlens import codes
 from hashlens.cli.demo_data import load_demo_images
 from hashlens.cli.extras import require
 from hashlens.cli.ingest import encode_patiently, pipelined
@@ -151,39 +152,43 @@ def encode(pictures: Pictures) -> Embeddings:
     Takes some milliseconds for each.
     """
     require("encoder", "search", purpose="encoding pictures")
-    from hashlens.cli.images import enlarged
-
     with _encoder() as client:
-        model = client.model()
-        spec = spec_for("none", model, FeatureDtype.F16, 1)
+        return encode_by(client, pictures)
 
-        def work(rows: range) -> list[Embedding]:
-            # Lossless and lossy in turn, as pictures come.
-            images = [
-                enlarged(pictures.images[row], _ENLARGE, "JPEG" if row % 2 else "PNG")
-                for row in rows
-            ]
-            found = []
-            for encoded in encode_patiently(client, images, spec, with_activations=True):
-                if isinstance(encoded, HashlensError):
-                    raise encoded
-                found.append(encoded.embedding)
-            return found
 
-        n = len(pictures.labels)
-        batches = [range(lo, min(lo + _BATCH_ITEMS, n)) for lo in range(0, n, _BATCH_ITEMS)]
-        features = np.empty((n, model.dim), dtype=np.float16)
-        activations = np.empty((n, model.n_bits), dtype=np.float32)
-        packed = np.empty((n, -(-model.n_bits // 8)), dtype=np.uint8)
-        row = 0
-        with step(console(stderr=True), "Encoding", n, "pictures") as advance:
-            for embeddings in pipelined(work, batches, _WORKERS):
-                for embedding in embeddings:
-                    packed[row] = np.frombuffer(embedding.code, dtype=np.uint8)
-                    features[row] = embedding.feature
-                    activations[row] = embedding.activations
-                    row += 1
-                advance(len(embeddings))
+def encode_by(client: Client, pictures: Pictures) -> Embeddings:
+    """Encode pictures by the encoder service of a client."""
+    from hashlens.cli.images import enlarged  # Pillow, which files of embeddings do without
+
+    model = client.model()
+    spec = spec_for("none", model, FeatureDtype.F16, 1)
+
+    def work(rows: range) -> list[Embedding]:
+        # Lossless and lossy in turn, as pictures come.
+        images = [
+            enlarged(pictures.images[row], _ENLARGE, "JPEG" if row % 2 else "PNG") for row in rows
+        ]
+        found = []
+        for encoded in encode_patiently(client, images, spec, with_activations=True):
+            if isinstance(encoded, HashlensError):
+                raise encoded
+            found.append(encoded.embedding)
+        return found
+
+    n = len(pictures.labels)
+    batches = [range(lo, min(lo + _BATCH_ITEMS, n)) for lo in range(0, n, _BATCH_ITEMS)]
+    features = np.empty((n, model.dim), dtype=np.float16)
+    activations = np.empty((n, model.n_bits), dtype=np.float32)
+    packed = np.empty((n, codes.n_bytes(model.n_bits)), dtype=np.uint8)
+    row = 0
+    with step(console(stderr=True), "Encoding", n, "pictures") as advance:
+        for embeddings in pipelined(work, batches, _WORKERS):
+            for embedding in embeddings:
+                packed[row] = np.frombuffer(embedding.code, dtype=np.uint8)
+                features[row] = embedding.feature
+                activations[row] = embedding.activations
+                row += 1
+            advance(len(embeddings))
     return Embeddings(
         packed, features, activations, pictures.labels, pictures.is_test, model.model_id
     )

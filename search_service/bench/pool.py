@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from functools import partial
 from io import BytesIO
@@ -20,6 +21,7 @@ from hashlens.types import Embedding, Receipt
 from search_service.bench import embeddings as real
 from search_service.bench.command import BenchConfig, check_outputs, publish
 from search_service.bench.embeddings import Embeddings
+from search_service.bench.machine import describe
 from search_service.bench.policies import Coarse, K, Policy, Tally, policies
 from search_service.bench.report import Measured, Report, WrongAnswerError
 from search_service.cancel import Cancel
@@ -70,8 +72,6 @@ def pool(config: PoolConfig) -> None:
     check_outputs(config)
     found = _embeddings(config)
     asked, databases = _split(found, config)
-    from search_service.bench.machine import describe
-
     results: list[Measured] = []
     with Executor(n_threads=config.threads) as executor:
         machine = executor.run_blocking(lambda cancel: describe()).value
@@ -141,6 +141,7 @@ def _measure(
 ) -> list[Measured]:
     chosen = policies(snapshot.rows)
     tallies = {policy: Tally() for policy in chosen}
+    exhaustive_ms: list[float] = []
     engine = Engine()
     engine.warm_up()
     with step(console(stderr=True), f"Asking {name}", len(asked), "queries") as advance:
@@ -153,13 +154,27 @@ def _measure(
             for policy in chosen:
                 tallies[policy].count(policy, coarse, nearest, is_right)
             if number < config.repeats:
-                _check_exhaustive(snapshot, query, nearest)
+                exhaustive_ms.append(_check_exhaustive(snapshot, query, nearest))
                 # In turn, so that the machine's moods meet all policies alike.
                 for policy in chosen:
                     receipt = _searched(engine, snapshot, query, policy, coarse, nearest)
                     tallies[policy].receipts.append(receipt)
             advance(1)
-    return [tallies[policy].measured(name, policy, snapshot) for policy in chosen]
+    results = [tallies[policy].measured(name, policy, snapshot) for policy in chosen]
+    scan_ms = float(np.median(exhaustive_ms))
+    read_bytes = snapshot.rows * snapshot.dim * snapshot.feature_dtype.n_bytes
+    results.append(
+        Measured(
+            case=f"{name}: exhaustive, as an audit's",
+            rows=snapshot.rows,
+            bits=snapshot.n_bits,
+            k=K[-1],
+            ours_ms=scan_ms,
+            gb_per_s=read_bytes / scan_ms / 1e6,
+            extra={"fine_ms": scan_ms, "pool": snapshot.rows, "pool_p95": snapshot.rows},
+        )
+    )
+    return results
 
 
 def _nearest(snapshot: Snapshot, coarse: Coarse, query: Embedding) -> NDArray[np.int64]:
@@ -194,15 +209,19 @@ def _searched(
     return receipt
 
 
-def _check_exhaustive(snapshot: Snapshot, query: Embedding, nearest: NDArray[np.int64]) -> None:
-    """Check the ceiling: by an audit's scan, and by NumPy, which sums in another order."""
+def _check_exhaustive(snapshot: Snapshot, query: Embedding, nearest: NDArray[np.int64]) -> float:
+    """Check the ceiling, by an audit's scan and by NumPy; return what the scan took, in ms."""
+    began_ns = time.perf_counter_ns()
     scan = ExhaustiveScan(snapshot, query, K[-1])
     for first_row in scan.blocks:
         scan.scan(first_row, Cancel())
-    if scan.nearest().rows.tolist() != nearest[: K[-1]].tolist():
+    found = scan.nearest()
+    took_ms = (time.perf_counter_ns() - began_ns) / 1e6
+    if found.rows.tolist() != nearest[: K[-1]].tolist():
         raise WrongAnswerError("an audit's exhaustive scan finds other rows")
     assert query.feature is not None
     asked = query.feature.astype(np.float64)
+    # NumPy adds in another order: the same distances, up to rounding.
     distances = np.concatenate(
         [
             np.linalg.norm(segment.astype(np.float64) - asked, axis=1)
@@ -211,6 +230,7 @@ def _check_exhaustive(snapshot: Snapshot, query: Embedding, nearest: NDArray[np.
     )
     if not np.allclose(np.sort(distances)[: K[-1]], distances[nearest[: K[-1]]], rtol=1e-5):
         raise WrongAnswerError("NumPy finds nearer rows")
+    return took_ms
 
 
 def drawn(report: Report) -> bytes:
@@ -266,4 +286,4 @@ _KINDS = {"min_pool": "automatic ball", "max_pool": "cut by max_pool", "radius":
 
 
 def _kind(result: Measured) -> str:
-    return next(kind for kind in ("radius", "max_pool", "min_pool") if kind in result.case)
+    return next((kind for kind in ("radius", "max_pool", "min_pool") if kind in result.case), "")

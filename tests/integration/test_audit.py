@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from hashlens import AsyncClient, Client, CollectionSpec, Embedding, Item, SearchOptions, codes
+from hashlens.cli.images import enlarged
 from hashlens.cli.main import main
 from hashlens.errors import (
     DeadlineError,
@@ -22,6 +23,7 @@ from hashlens.errors import (
     PreconditionError,
 )
 from hashlens.types import AuditResult, FeatureDtype, Rank
+from search_service.bench.embeddings import Pictures, encode_by, read_pictures
 from tests.integration.conftest import SearchProcess
 from tests.reference import search as slow
 from tests.support.services import ServiceProcess
@@ -220,6 +222,24 @@ def test_one_audit_at_a_time_while_searches_go_on(
     assert done
     assert refused
     assert min(refused) >= 0.1
+
+
+def test_the_benchmark_of_pools_encodes_as_the_service_does(
+    client: Client,
+) -> None:
+    pictures = read_pictures(None)
+    few = Pictures(pictures.images[:70], pictures.labels[:70], pictures.is_test[:70])
+    found = encode_by(client, few)
+    assert found.n_bits == client.model().n_bits
+    for row in (0, 1, 63, 64, 69):
+        data = enlarged(few.images[row], 4, "JPEG" if row % 2 else "PNG")
+        expected = client.encode(
+            data, feature_dtype=FeatureDtype.F16, with_activations=True
+        ).embedding
+        query = found.query(row)
+        assert (query.code, query.model_id) == (expected.code, expected.model_id)
+        np.testing.assert_array_equal(query.feature, expected.feature)
+        np.testing.assert_array_equal(query.activations, expected.activations)
 
 
 # -- the command -----------------------------------------------------------------------------------
