@@ -23,7 +23,8 @@ from search_service.snapshot import Snapshot
 K = (10, 100, 1000)
 """Depths at which recall is counted."""
 
-_PRECISION_K = 100
+PRECISION_K = 100
+"""Depth at which answers of the query's class are counted, and orders compared."""
 
 ORDERS = ("margins", "age", "odds", "whole")
 """Who is kept when a pool is cut: the first by Hamming distance and then by |H - 0.5|, as the
@@ -186,8 +187,8 @@ class Tally:
             if order == ORDERS[0]:
                 self.pool_rows.append(int(np.count_nonzero(found)))
                 # Fewer than asked for are as if the rest were wrong.
-                n_right = np.count_nonzero(is_right[found][:_PRECISION_K])
-                self.precisions.append(float(n_right) / _PRECISION_K)
+                n_right = np.count_nonzero(is_right[found][:PRECISION_K])
+                self.precisions.append(float(n_right) / PRECISION_K)
         self.cut.append(policy.is_cut(coarse))
 
     def measured(self, database: str, policy: Policy, snapshot: Snapshot) -> Measured:
@@ -200,12 +201,12 @@ class Tally:
         }
         for depth in policy.depths:
             extra[f"recall@{depth}"] = float(np.mean(self.recalls[ORDERS[0], depth]))
-        if max(policy.depths) >= _PRECISION_K:
-            extra[f"class@{_PRECISION_K}"] = float(np.mean(self.precisions))
+        if max(policy.depths) >= PRECISION_K:
+            extra[f"class@{PRECISION_K}"] = float(np.mean(self.precisions))
         for order in ORDERS[1:]:
-            if (order, _PRECISION_K) in self.recalls and policy.options.max_pool is not None:
-                recall = float(np.mean(self.recalls[order, _PRECISION_K]))
-                extra[f"{order}@{_PRECISION_K}"] = recall
+            if (order, PRECISION_K) in self.recalls and policy.options.max_pool is not None:
+                recall = float(np.mean(self.recalls[order, PRECISION_K]))
+                extra[f"{order}@{PRECISION_K}"] = recall
         return Measured(
             case=f"{database}: {policy.name}",
             rows=snapshot.rows,

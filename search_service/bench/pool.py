@@ -22,7 +22,7 @@ from search_service.bench import embeddings as real
 from search_service.bench.command import BenchConfig, check_outputs, publish
 from search_service.bench.embeddings import Embeddings
 from search_service.bench.machine import describe
-from search_service.bench.policies import Coarse, K, Policy, Tally, policies
+from search_service.bench.policies import PRECISION_K, Coarse, K, Policy, Tally, policies
 from search_service.bench.report import Measured, Report, WrongAnswerError
 from search_service.cancel import Cancel
 from search_service.engine import Engine
@@ -142,6 +142,7 @@ def _measure(
     chosen = policies(snapshot.rows)
     tallies = {policy: Tally() for policy in chosen}
     exhaustive_ms: list[float] = []
+    exhaustive_precision: list[float] = []
     engine = Engine()
     engine.warm_up()
     with step(console(stderr=True), f"Asking {name}", len(asked), "queries") as advance:
@@ -151,6 +152,7 @@ def _measure(
             coarse = Coarse.of(snapshot, query)
             nearest = _nearest(snapshot, coarse, query)
             is_right = labels[nearest] == found.labels[row]
+            exhaustive_precision.append(float(is_right[:PRECISION_K].mean()))
             for policy in chosen:
                 tallies[policy].count(policy, coarse, nearest, is_right)
             if number < config.repeats:
@@ -171,7 +173,12 @@ def _measure(
             k=K[-1],
             ours_ms=scan_ms,
             gb_per_s=read_bytes / scan_ms / 1e6,
-            extra={"fine_ms": scan_ms, "pool": snapshot.rows, "pool_p95": snapshot.rows},
+            extra={
+                "fine_ms": scan_ms,
+                "pool": snapshot.rows,
+                "pool_p95": snapshot.rows,
+                f"class@{PRECISION_K}": float(np.mean(exhaustive_precision)),
+            },
         )
     )
     return results
