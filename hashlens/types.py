@@ -243,11 +243,13 @@ class SearchOptions:
     max_hamming_bits: int | None = None
     """Pool = all rows within this Hamming distance. None: the smallest distance whose complete
     ball holds at least ``max(k, min_pool)`` rows."""
-    min_pool: int = 1000
-    """Rows the automatic threshold must gather, if there are as many."""
+    min_pool: int = 5000
+    """Rows the automatic threshold must gather, if there are as many: tables up to that size are
+    searched exhaustively. For the order of F7 within crowded classes, a pool has to hold about a
+    class, see ``docs/adr/0005``; `Client.audit` tells."""
     max_pool: int | None = None
     """Most rows the fine stage may look at; None for no cap. At least `k`. The first by (Hamming
-    distance, asymmetric distance, age) stay."""
+    distance, asymmetric distance, age) stay, and the answer is no longer exact."""
     rank: Rank = Rank.AUTO
     with_payload: bool = True
     with_code: bool = False
@@ -379,6 +381,21 @@ class SearchResult:
     receipt: Receipt
     explanation: ReplyExplanation | None = None
     """Present when it was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class AuditResult:
+    """A query answered twice, in two stages and exhaustively, on one version of the data."""
+
+    answer: SearchResult
+    """The two-stage answer."""
+    exhaustive_hits: tuple[Hit, ...]
+    """The `k` nearest, by (Euclidean distance, Hamming distance, id), of all items that have a
+    feature; all of them if they are fewer. With payloads if asked for, and nothing else."""
+    recall: float
+    """Share of `exhaustive_hits` that `answer` has; 1 if there are none."""
+    first_miss: int | None
+    """Position in `exhaustive_hits` of the first that `answer` lacks; None if it lacks none."""
 
 
 @dataclass(frozen=True, slots=True)

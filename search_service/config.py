@@ -25,6 +25,9 @@ class SearchConfig(ServerConfig):
     n_threads: int = setting(0, "Threads of the kernels; 0: as many as the process may use.")
     max_queue: int = setting(1024, "Most searches waiting for the kernels; one more is refused.")
     max_batch_queries: int = setting(256, "Most queries of one SearchBatch.")
+    max_audits: int = setting(
+        1, "Most audits at a time; one more is refused. Each reads every feature."
+    )
     n_store_threads: int = setting(16, "Threads that wait for Redis.")
     checkpoint_interval_s: float = setting(30.0, "Longest between checkpoints, in seconds.")
 
@@ -32,7 +35,7 @@ class SearchConfig(ServerConfig):
         super().__post_init__()
         if self.n_threads < 0:
             raise InvalidInputError("n_threads is 0 or more", field="n_threads")
-        for name in ("max_queue", "max_batch_queries", "n_store_threads"):
+        for name in ("max_queue", "max_batch_queries", "max_audits", "n_store_threads"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} is at least 1", field=name)
         if self.checkpoint_interval_s <= 0:

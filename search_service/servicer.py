@@ -34,6 +34,7 @@ from hashlens.v1 import search_service_pb2 as spb
 from hashlens.v1 import search_service_pb2_grpc as spb_grpc
 from search_service import checks, writes
 from search_service.answers import Answerer
+from search_service.audit import Auditor, check_auditable
 from search_service.ball_stream import Ball, BallStreamer
 from search_service.config import SearchConfig
 from search_service.engine import Engine, embedding_of
@@ -74,6 +75,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         self._stack = AsyncExitStack()
         self._threads = ThreadPoolExecutor(config.n_store_threads, thread_name_prefix="store")
         self._engine = Engine()
+        self._auditor = Auditor(max_audits=config.max_audits)
         self._opening: asyncio.Future[Store] | None = None
         self._store: Store
         self._executor: Executor
@@ -317,6 +319,30 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
                 reply.receipt.timings.MergeFrom(timings)
                 reply.receipt.timings.total_ns = time.monotonic_ns() - started_ns
             yield reply
+
+    async def Audit(  # noqa: N802 - the contract's name
+        self, request: spb.AuditRequest, context: _Context
+    ) -> spb.AuditResponse:
+        """Answer one query in two stages and exhaustively."""
+        started_ns = time.monotonic_ns()
+        ends_s = self._ends_s(context)
+        asked = request.search
+        collection = await self._collection(asked.collection, context, field="search.collection")
+        spec = collection.spec
+        check_auditable(spec, field="search.collection")
+        options = checks.options_of(asked.options, spec, field="search.options")
+        # Whatever ranks the answer, the exhaustive one needs the feature.
+        query = checks.query_of(asked.query, spec, Rank.EUCLIDEAN, field="search.query")
+        snapshot = await self._reached(collection, options.min_version, ends_s)
+        wait_ns = time.monotonic_ns() - started_ns
+        self._check_fits(1, snapshot, options)
+        answerer = self._answerer(collection, snapshot, options, ends_s)
+        result = await self._auditor.audit(answerer, query, field="search.query")
+        reply = await asyncio.to_thread(convert.audit_to_proto, result, spec.n_bits)
+        reply.answer.receipt.timings.wait_version_ns = wait_ns
+        reply.answer.receipt.timings.total_ns = time.monotonic_ns() - started_ns
+        check_size(reply.ByteSize(), self._config.max_message_bytes, _ADVICE)
+        return reply
 
     # -- helpers ---------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from hashlens.ties import TieGroups
 RANKINGS: Final = {
     "coarse": "Hamming distance of the codes, ties in the order of the images",
     "coarse_soft": "the same, ties by how sure the query is of the bits that differ",
-    "two_stage": "F7 within the smallest complete Hamming ball of at least 1000 images, as served; "
+    "two_stage": "F7 within the smallest complete Hamming ball of at least 1000 images; "
     "over the full list, the images outside follow in coarse order",
     "exhaustive": "Euclidean distance of F7 to every image: the ceiling",
     "lsh": "Hamming distance of as many random hyperplanes on the same F7: the floor",
@@ -34,7 +34,8 @@ RANKINGS: Final = {
 """Name -> what it ranks by, in the order they are shown."""
 
 MIN_POOL = 1000
-"""Images the automatic threshold gathers, as the search service does by default."""
+"""Images the automatic threshold gathers: fewer than the search service does by default, so that
+sets of a few thousand images are not searched exhaustively."""
 
 DEPTHS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 """The k of precision@k."""

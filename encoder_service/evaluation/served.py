@@ -16,7 +16,7 @@ from encoder_service.evaluation.config import EvaluateConfig
 from encoder_service.evaluation.encodings import Encodings
 from encoder_service.evaluation.local import OnStep, predict
 from encoder_service.evaluation.protocols import Parts
-from encoder_service.evaluation.rankings import AP_DEPTH, OnProgress
+from encoder_service.evaluation.rankings import AP_DEPTH, MIN_POOL, OnProgress
 from encoder_service.model.checkpoint import Checkpoint
 from hashlens import codes
 from hashlens.cli.child import LogSink
@@ -209,6 +209,7 @@ def _search(
     n_hits = min(AP_DEPTH, len(stored) - own)
     options = SearchOptions(
         k=n_hits + own,  # one more, to drop the query itself
+        min_pool=MIN_POOL,
         rank=Rank.EUCLIDEAN if ranking == "two_stage" else Rank.HAMMING,
         ignore_margins=ranking == "coarse",
         with_payload=False,

@@ -43,6 +43,9 @@ ENLARGE = 4
 """The images are 28 pixels wide; services get them as files of 112, as the model was trained."""
 
 K = 100
+MIN_POOL = 1000
+"""A fifth of the images: the default would have the fine stage look at all of them."""
+
 SEED = 1
 BATCH_ITEMS = 64
 WORKERS = 3
@@ -230,7 +233,7 @@ def store(
 def search(client: Client, data: Dataset, rows: NDArray[np.int64], log: Console) -> list[Measured]:
     """Search by image, one query after the other, and time each call."""
     measured = []
-    options = SearchOptions(k=K)
+    options = SearchOptions(k=K, min_pool=MIN_POOL)
     with step(log, "Searching by image", len(rows), "queries") as advance:
         for row in rows:
             image = picture_bytes(data, row)
@@ -243,7 +246,7 @@ def search(client: Client, data: Dataset, rows: NDArray[np.int64], log: Console)
 
 def explain(client: Client, data: Dataset, rows: NDArray[np.int64]) -> list[SearchResult]:
     """Search again for what the report shows, explained; apart, so that no timing has it in."""
-    options = SearchOptions(k=SHOWN_ANSWERS, with_explanation=True)
+    options = SearchOptions(k=SHOWN_ANSWERS, min_pool=MIN_POOL, with_explanation=True)
     results = []
     for lo in range(0, len(rows), BATCH_ITEMS):
         queries = [Query(image=picture_bytes(data, row)) for row in rows[lo : lo + BATCH_ITEMS]]

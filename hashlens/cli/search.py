@@ -12,12 +12,21 @@ from typing import Any
 import click
 from rich.table import Table
 
+from hashlens.cli.audited import AUDIT_DEADLINE_S, audit_dict, audit_line, audit_table
 from hashlens.cli.connect import collection_option, connected, targets
 from hashlens.cli.explained import Words, differing
 from hashlens.cli.extras import require
 from hashlens.cli.text import console, printable, short_path
 from hashlens.errors import InvalidInputError
-from hashlens.types import MAX_K, Hit, Rank, Receipt, SearchOptions, SearchResult
+from hashlens.types import (
+    MAX_K,
+    AuditResult,
+    Hit,
+    Rank,
+    Receipt,
+    SearchOptions,
+    SearchResult,
+)
 
 _MAX_COUNT = 2**32 - 1
 """The largest number that the contract can carry."""
@@ -67,6 +76,11 @@ MAX_QUERY_BYTES = 64 * 2**20
     is_flag=True,
     help="Show which bits differ, what they mean and what the model sees; implied by --html.",
 )
+@click.option(
+    "--audit",
+    is_flag=True,
+    help="Compare with every image, too, and show what the answer missed.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
     "--html",
@@ -85,6 +99,7 @@ def search(
     rank: str,
     ignore_margins: bool,
     explain: bool,
+    audit: bool,
     as_json: bool,
     html: Path | None,
     search_target: str,
@@ -112,7 +127,14 @@ def search(
     )
     with connected(search_target, encoder_target) as client:
         begun = time.perf_counter()
-        result = client.search(collection, image=data, id=item_id, options=options)
+        audited: AuditResult | None = None
+        if audit:
+            audited = client.audit(
+                collection, image=data, id=item_id, options=options, deadline_s=AUDIT_DEADLINE_S
+            )
+            result = audited.answer
+        else:
+            result = client.search(collection, image=data, id=item_id, options=options)
         call_ms = (time.perf_counter() - begun) * 1e3
 
     if html is not None:
@@ -121,7 +143,10 @@ def search(
 
         html.write_text(search_page(asked, data, collection, result, call_ms), "utf-8")
     if as_json:
-        click.echo(json.dumps(as_dict({kind: asked}, collection, result, call_ms), indent=2))
+        found = as_dict({kind: asked}, collection, result, call_ms)
+        if audited is not None:
+            found["audit"] = audit_dict(audited)
+        click.echo(json.dumps(found, indent=2))
         return
     if result.hits:
         console().print(as_table(result))
@@ -130,6 +155,11 @@ def search(
     else:
         click.echo("Nothing found.")
     click.echo(receipt_line(result.receipt, call_ms))
+    if audited is not None:
+        if audited.exhaustive_hits:
+            names = [path_of(hit) for hit in audited.exhaustive_hits]
+            console().print(audit_table(audited, names))
+        click.echo(audit_line(audited))
     if html is not None:
         click.echo(f"gallery: {printable(str(html))}")
 

@@ -16,6 +16,7 @@ from hashlens.errors import HashlensError
 from hashlens.rpc import limits
 from hashlens.rpc.status import error_of_call
 from hashlens.types import (
+    AuditResult,
     BallPart,
     CollectionInfo,
     CollectionSpec,
@@ -302,6 +303,47 @@ class Client:
         )
         reply = self._call(self._search.SearchBatch, request, deadline_s)
         return self._wire.search_results(reply)
+
+    def audit(
+        self,
+        collection: str,
+        *,
+        image: bytes | None = None,
+        embedding: Embedding | None = None,
+        id: str | None = None,  # noqa: A002 - the contract's word
+        k: int = 10,
+        options: SearchOptions | None = None,
+        deadline_s: float | None = None,
+    ) -> AuditResult:
+        """Answer a query as `search` does, and by comparing it with every item.
+
+        The server reads every feature, a block at a time between other callers' searches: for a
+        large collection, allow more time than for a search.
+
+        Parameters
+        ----------
+        collection
+            Its name; it has features.
+        image, embedding, id
+            The query, exactly one. Its feature is needed, whatever ranks the answer.
+        k
+            Hits wanted of both answers; `options`, when given, says it instead.
+        options
+            How to search, as for `search`. Ranked by Hamming distance, the answer is that of the
+            coarse stage alone, and so is its recall.
+        deadline_s
+            Time for the call, in seconds; None for the client's.
+
+        Raises
+        ------
+        PreconditionError
+            The collection holds codes only.
+        OverloadedError
+            The server is at another audit.
+        """
+        query = wire.query_of(image, embedding, id)
+        request = self._wire.audit_request(collection, query, options or SearchOptions(k=k))
+        return convert.audit_from_proto(self._call(self._search.Audit, request, deadline_s))
 
     def stream_ball(
         self,

@@ -204,6 +204,12 @@ class Wire:
             for result in reply.results
         ]
 
+    def audit_request(
+        self, collection: str, query: Query, options: SearchOptions
+    ) -> spb.AuditRequest:
+        """Build an Audit."""
+        return spb.AuditRequest(search=self.search_request(collection, query, options))
+
     def ball_request(
         self, collection: str, query: Query, radius_bits: int, with_payload: bool, with_code: bool
     ) -> spb.StreamBallRequest:

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from hashlens import codes
 from hashlens.errors import InvalidInputError
-from hashlens.types import SearchOptions
 
-WANTED_ROWS = SearchOptions().min_pool
-"""Rows that a search's pool is to hold unless its caller says otherwise."""
+WANTED_ROWS = 1000
+"""Rows that a pool is to hold: fewer than a search asks for by default, so that tables of a few
+thousand rows show how crowded their codes are."""
 
 DEAD_RATE = 0.01
 """A bit that is set, or clear, in less than this share of the rows is dead."""

@@ -5,6 +5,7 @@ raises `InvalidInputError` with the field's path relative to the message given. 
 the collection (its width, its model) is checked by the service.
 """
 
+from hashlens.convert.audit import audit_from_proto, audit_to_proto
 from hashlens.convert.collection import (
     check_collection_name,
     check_id,
@@ -46,6 +47,8 @@ from hashlens.convert.search import (
 )
 
 __all__ = [
+    "audit_from_proto",
+    "audit_to_proto",
     "ball_part_from_proto",
     "ball_part_to_proto",
     "check_collection_name",

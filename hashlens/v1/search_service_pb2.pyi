@@ -711,7 +711,7 @@ class SearchOptions(_message.Message):
     whose complete ball holds at least max(k, min_pool) rows.
     """
     min_pool: _builtins.int
-    """See max_hamming_bits; absent means 1000."""
+    """See max_hamming_bits; absent means 5000."""
     max_pool: _builtins.int
     """Most rows that the fine stage may look at, at least k; the first by (Hamming distance,
     asymmetric distance, age) stay. Absent: no cap.
@@ -1333,7 +1333,9 @@ class AuditRequest(_message.Message):
     SEARCH_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def search(self) -> Global___SearchRequest:
-        """As for Search."""
+        """As for Search. The query's feature is needed, whatever ranks the answer; ranked by Hamming
+        distance, the answer is that of the coarse stage alone, and so is its recall.
+        """
 
     def __init__(
         self,
@@ -1359,16 +1361,19 @@ class AuditResponse(_message.Message):
     RECALL_FIELD_NUMBER: _builtins.int
     FIRST_MISS_FIELD_NUMBER: _builtins.int
     recall: _builtins.float
-    """Share of exhaustive_hits that the answer has."""
+    """Share of exhaustive_hits that the answer has; 1 if there are none."""
     first_miss: _builtins.int
     """Position in exhaustive_hits of the first that the answer lacks; absent if it lacks none."""
     @_builtins.property
     def answer(self) -> Global___SearchResponse:
-        """The two-stage answer."""
+        """The two-stage answer. Its receipt's total_ns is of the whole call."""
 
     @_builtins.property
     def exhaustive_hits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hit]:
-        """The k nearest of all rows by Euclidean distance."""
+        """The k nearest of all alive rows that have a feature, of the same version of the data, by
+        (Euclidean distance, Hamming distance, id), so ties at the k-th place are decided; all of them
+        if they are fewer than k. With id, both distances, and the payload if asked for.
+        """
 
     def __init__(
         self,

@@ -185,7 +185,10 @@ class SearchServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Audit(self, request, context):
-        """Answers one query twice, in two stages and exhaustively, and says what the first missed.
+        """Answers one query twice, in two stages and exhaustively, and says what the first missed. Reads
+        every feature, a block at a time between other searches: allow more time than for a Search. A
+        collection of codes only is FAILED_PRECONDITION; where as many audits as may are running, one
+        more is RESOURCE_EXHAUSTED with RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -58,7 +58,11 @@ class SearchServiceStub:
     StreamBall: _grpc.UnaryStreamMultiCallable[_search_service_pb2.StreamBallRequest, _search_service_pb2.StreamBallResponse]
     """Streams all rows within a Hamming radius, whatever their number."""
     Audit: _grpc.UnaryUnaryMultiCallable[_search_service_pb2.AuditRequest, _search_service_pb2.AuditResponse]
-    """Answers one query twice, in two stages and exhaustively, and says what the first missed."""
+    """Answers one query twice, in two stages and exhaustively, and says what the first missed. Reads
+    every feature, a block at a time between other searches: allow more time than for a Search. A
+    collection of codes only is FAILED_PRECONDITION; where as many audits as may are running, one
+    more is RESOURCE_EXHAUSTED with RetryInfo.
+    """
     Verify: _grpc.UnaryUnaryMultiCallable[_search_service_pb2.VerifyRequest, _search_service_pb2.VerifyResponse]
     """Compares Redis with the arrays."""
 
@@ -92,7 +96,11 @@ class SearchServiceAsyncStub(SearchServiceStub):
     StreamBall: _aio.UnaryStreamMultiCallable[_search_service_pb2.StreamBallRequest, _search_service_pb2.StreamBallResponse]  # type: ignore[assignment]
     """Streams all rows within a Hamming radius, whatever their number."""
     Audit: _aio.UnaryUnaryMultiCallable[_search_service_pb2.AuditRequest, _search_service_pb2.AuditResponse]  # type: ignore[assignment]
-    """Answers one query twice, in two stages and exhaustively, and says what the first missed."""
+    """Answers one query twice, in two stages and exhaustively, and says what the first missed. Reads
+    every feature, a block at a time between other searches: allow more time than for a Search. A
+    collection of codes only is FAILED_PRECONDITION; where as many audits as may are running, one
+    more is RESOURCE_EXHAUSTED with RetryInfo.
+    """
     Verify: _aio.UnaryUnaryMultiCallable[_search_service_pb2.VerifyRequest, _search_service_pb2.VerifyResponse]  # type: ignore[assignment]
     """Compares Redis with the arrays."""
 
@@ -195,7 +203,11 @@ class SearchServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _search_service_pb2.AuditRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_search_service_pb2.AuditResponse, _abc.Awaitable[_search_service_pb2.AuditResponse]]:
-        """Answers one query twice, in two stages and exhaustively, and says what the first missed."""
+        """Answers one query twice, in two stages and exhaustively, and says what the first missed. Reads
+        every feature, a block at a time between other searches: allow more time than for a Search. A
+        collection of codes only is FAILED_PRECONDITION; where as many audits as may are running, one
+        more is RESOURCE_EXHAUSTED with RetryInfo.
+        """
 
     @_abc_1.abstractmethod
     def Verify(

@@ -214,7 +214,21 @@ def test_bad_options(
             Code.ALREADY_EXISTS,
             "",
         ),
-        ("Audit", spb.AuditRequest(), Code.UNIMPLEMENTED, ""),
+        ("Audit", spb.AuditRequest(), Code.INVALID_ARGUMENT, "search.collection"),
+        (
+            "Audit",
+            spb.AuditRequest(search=spb.SearchRequest(collection="photos")),
+            Code.INVALID_ARGUMENT,
+            "search.options.k",
+        ),
+        (
+            "Audit",
+            spb.AuditRequest(
+                search=spb.SearchRequest(collection="photos", options=spb.SearchOptions(k=5))
+            ),
+            Code.INVALID_ARGUMENT,
+            "search.query",
+        ),
         ("Verify", spb.VerifyRequest(), Code.UNIMPLEMENTED, ""),
     ],
 )

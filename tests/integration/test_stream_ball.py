@@ -6,13 +6,14 @@ import asyncio
 import threading
 import time
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 
-from hashlens import AsyncClient, Client, CollectionSpec, Embedding, Item, codes
+from hashlens import AsyncClient, Client, CollectionSpec, Embedding, Item, codes, convert
 from hashlens.client import ClientConfig
 from hashlens.errors import (
     DeadlineError,
@@ -25,6 +26,10 @@ from hashlens.errors import (
 from hashlens.types import BallPart, Receipt
 from hashlens.v1 import search_service_pb2 as spb
 from hashlens.v1 import search_service_pb2_grpc as spb_grpc
+from search_service import ball
+from search_service.ball_stream import Ball, BallStreamer
+from search_service.executor import Executor
+from search_service.storage import Record, Store, StoreConfig
 from tests.integration.conftest import SearchProcess
 from tests.reference.kernels import hamming
 from tests.support.services import ServiceProcess
@@ -163,6 +168,51 @@ def test_a_ball_is_of_one_version_whatever_is_written_meanwhile(
         "new",
     ]
     assert receipt.version == N + 3
+
+
+def test_blocks_scanned_later_are_of_the_version_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of blocks that are not scanned yet are deleted, replaced, dropped: the ball has them."""
+    monkeypatch.setattr(ball, "BLOCK_ROWS", 64)
+    spec = CollectionSpec(name="moving", model_id=MODEL, n_bits=N_BITS, dim=0)
+    rng = np.random.default_rng(2)
+
+    def records(ids: range) -> list[Record]:
+        packed = codes.pack(rng.random((len(ids), N_BITS)) < 0.5)
+        pairs = zip(ids, packed, strict=True)
+        return [Record(f"{i:03}", c.tobytes(), b"", f"{i}".encode()) for i, c in pairs]
+
+    written = records(range(256))
+    expected = [(r.id, hamming(r.code, bytes(3)), r.payload) for r in written]
+    with (
+        Executor(n_threads=2) as executor,
+        Store.open(StoreConfig(data_dir=tmp_path / "data")) as store,
+    ):
+        collection = store.create(spec)
+        version = collection.upsert(written, request_id="a", deadline_s=10)
+        wanted = Ball(
+            collection.wait_for(version, 10), bytes(3), N_BITS, with_payload=True, with_code=False
+        )
+
+        async def read_while_it_changes() -> list[BallPart]:
+            stream = BallStreamer(executor, 1 << 20).stream(wanted, ends_s=time.monotonic() + 60)
+            parts = [convert.ball_part_from_proto(await anext(stream))]
+            gone = [f"{i:03}" for i in range(60, 200)]
+            collection.delete(gone, request_id="b", deadline_s=10)
+            version = collection.upsert(records(range(190, 400)), request_id="c", deadline_s=10)
+            assert collection.wait_for(version, 10).n_alive != 256
+            parts.append(convert.ball_part_from_proto(await anext(stream)))
+            store.drop("moving", deadline_s=10)
+            return [*parts, *[convert.ball_part_from_proto(m) async for m in stream]]
+
+        parts = asyncio.run(read_while_it_changes())
+    found = [(h.id, h.hamming_bits, h.payload) for part in parts for h in part.hits]
+    assert found == expected
+    assert len(parts) == 256 // 64 + 1
+    receipt = parts[-1].receipt
+    assert receipt is not None
+    assert (receipt.version, receipt.pool_size) == (wanted.snapshot.version, 256)
 
 
 # -- what goes wrong -------------------------------------------------------------------------------

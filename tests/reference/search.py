@@ -86,3 +86,21 @@ def search(
         truncated=len(pool) < len(ball),
         rows_without_feature=len(pool) - len(ranked),
     )
+
+
+def exhaustive(
+    table: Table, code: bytes, feature: np.ndarray, k: int
+) -> list[tuple[str, int, float]]:
+    """The k nearest of all rows that are alive and have a feature: (id, hamming_bits, distance)."""
+    ranked = [
+        (
+            float(euclidean(table.features[row], feature)),
+            hamming(stored, code),
+            table.ids[row].encode(),
+            table.ids[row],
+        )
+        for row, stored in enumerate(table.codes)
+        if (table.dead is None or not table.dead[row])
+        and (table.has_feature is None or table.has_feature[row])
+    ]
+    return [(item_id, bits, distance) for distance, bits, _, item_id in sorted(ranked)[:k]]
