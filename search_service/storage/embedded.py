@@ -137,6 +137,7 @@ class EmbeddedRedis:
         UnavailableError
             It did not start; the message has the end of its log.
         """
+        began_s = time.monotonic()
         binary = self._binary or find_server()
         self._binary = binary
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -155,6 +156,7 @@ class EmbeddedRedis:
             self.stop()
             raise
         logger.info("started %s on %s", binary, self._socket)
+        logger.info("ready stage server: %.3f s", time.monotonic() - began_s)
         return self
 
     def stop(self) -> None:
