@@ -87,7 +87,7 @@ class ClaimReport(Report):
 
     def _cases(self) -> Table:
         table = Table(box=None, pad_edge=False)
-        table.add_column("case")
+        table.add_column("case", no_wrap=True)
         headings = ("rows", "bits", "dim", "pool", "cut", "p50 ms", "p95", "p99")
         for heading in (*headings, "queries/s", f"with {IN_FLIGHT}", "MB read"):
             table.add_column(heading, justify="right")
@@ -110,7 +110,7 @@ class ClaimReport(Report):
 
     def _stages(self) -> Table:
         table = Table(box=None, pad_edge=False)
-        table.add_column("stage, p50/p95/p99 ms")
+        table.add_column("p50/p95/p99 in ms", no_wrap=True)
         for stage in STAGES:
             table.add_column(stage, justify="right")
         for line in self.results:
@@ -118,7 +118,7 @@ class ClaimReport(Report):
             table.add_row(
                 line.case,
                 *(
-                    "/".join(f"{stages[name][p]:.3g}" for p in ("p50", "p95", "p99"))
+                    "/".join(_short(stages[name][p]) for p in ("p50", "p95", "p99"))
                     for name in STAGES
                 ),
             )
@@ -137,6 +137,10 @@ class ClaimReport(Report):
                 target["target"], f"{target['limit']:g}", f"{target['measured']:.3g}", met
             )
         return table
+
+
+def _short(ms: float) -> str:
+    return f"{ms:.2f}" if ms < 9.995 else f"{ms:,.0f}"
 
 
 def _rate(value: float | None) -> str:
