@@ -40,7 +40,7 @@ def search_options(
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Question:
     """One case: several queries, asked with the same options."""
 
@@ -49,6 +49,11 @@ class Question:
     options: SearchOptions
     queries: Sequence[Embedding | bytes]
     """Embeddings, or pictures that the service has encoded."""
+
+    @property
+    def is_large(self) -> bool:
+        """Whether its ball is a tenth of the rows."""
+        return self.options.max_hamming_bits is not None
 
     def ask(self, client: Client, number: int) -> tuple[SearchResult, float]:
         """Return the answer to one query and its milliseconds, as the caller sees them."""

@@ -10,6 +10,9 @@ from click.testing import CliRunner
 
 from search_service.bench.command import bench
 
+# Most of it is starting processes, many times.
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments: str) -> dict:
     # They start processes and handle signals, so they need the main thread, which this is.
@@ -44,11 +47,11 @@ def test_claim(tmp_path: Path) -> None:
     sizes = ["--rows", "2000", "--dim", "64", "--k", "100", "--min-pool", "300"]
     fewer = ["--repeats", "4", "--queries", "2", "--restarts", "1", "--data", str(tmp_path)]
     found = run("claim", *sizes, *fewer)
-    assert len(found["results"]) == 10
+    assert len(found["results"]) == 3 + 5
     for line in found["results"]:
         capped, automatic = "capped" in line["case"], "automatic" in line["case"]
         assert line["truncated"] == (line["asks"] if capped else 0)
-        assert line["exact"] == line["asks"]
+        assert line["exact"] == (0 if capped else line["asks"])
         assert not automatic or line["pool_rows"]["least"] >= 300
         assert not capped or line["pool_rows"]["most"] == 300
         encoded = line["stages_ms"]["encode"]["p50"] > 0
@@ -62,4 +65,4 @@ def test_claim(tmp_path: Path) -> None:
     # The folder was named, so it is there for the next run.
     again = run("claim", *sizes, *fewer, "--no-images")
     assert again["settings"]["build"] == {"claim": None}
-    assert len(again["results"]) == 6
+    assert len(again["results"]) == 2 + 3
