@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP = $(BIN)/python -m pip install --disable-pip-version-check
 PACKAGE := -e '.[encoder,search,train,bench,dev]' -c constraints.txt
+CLAIM ?=
 SOURCES := hashlens encoder_service search_service protos tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format proto clean
+.PHONY: help setup demo claim test check format proto clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +31,9 @@ endif
 
 demo: $(STAMP) ## Index and search the bundled images through both services
 	$(BIN)/hashlens demo
+
+claim: $(STAMP) ## Measure the paper's claim: 2.5M rows, 24 GB of disk, half an hour (CLAIM='--rows ...')
+	$(BIN)/hashlens bench claim $(CLAIM)
 
 test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest

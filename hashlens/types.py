@@ -28,6 +28,9 @@ MAX_DIM = 65_536
 """The widest feature, in numbers."""
 
 
+_F32, _F16 = np.dtype("<f4"), np.dtype("<f2")
+
+
 class FeatureDtype(enum.Enum):
     """How the numbers of a feature are stored and sent; always little-endian."""
 
@@ -37,7 +40,7 @@ class FeatureDtype(enum.Enum):
     @property
     def numpy(self) -> np.dtype[Any]:
         """The NumPy dtype, little-endian."""
-        return np.dtype("<f4" if self is FeatureDtype.F32 else "<f2")
+        return _F32 if self is FeatureDtype.F32 else _F16
 
     @property
     def n_bytes(self) -> int:

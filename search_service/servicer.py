@@ -89,6 +89,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
     async def warm_up(self) -> None:
         """Open the store, compile the kernels, reach for the encoder."""
         config = self._config
+        began_s = time.monotonic()
         self._executor = await asyncio.to_thread(
             lambda: Executor(n_threads=config.n_threads, max_queue=config.max_queue)
         )
@@ -104,8 +105,16 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         )
         # Kept, because a signal may end the waiting, but not the opening.
         self._opening = asyncio.ensure_future(asyncio.to_thread(Store.open, store_config))
+        opening_s = time.monotonic()
         self._store = await asyncio.shield(self._opening)
+        opened_s = time.monotonic()
         await self._executor.run(lambda cancel: self._engine.warm_up())
+        for stage, took_s in (
+            ("executor", opening_s - began_s),
+            ("store", opened_s - opening_s),
+            ("kernels", time.monotonic() - opened_s),
+        ):
+            logger.info("ready stage %s: %.3f s", stage, took_s)
 
     async def close(self) -> None:
         """Stop the executor, checkpoint and close the store."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from search_service.images import ImageEncoder
 from search_service.storage.records import Record
 
 _MAX_REQUEST_ID_BYTES = 64
+
+_ITEMS_AT_ONCE = 16
+"""Items that are checked in the event loop; more would keep searches waiting for milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +65,10 @@ async def prepare(
         others written then, repeating the call with its request id would find it done and never
         write this one; so nothing is.
     """
-    items = [
-        checks.item_of(message, spec, field=f"items[{i}]")
-        for i, message in enumerate(request.items)
-    ]
+    if len(request.items) > _ITEMS_AT_ONCE:
+        items = await asyncio.to_thread(_checked, request, spec)
+    else:
+        items = _checked(request, spec)
     embeddings = {i: item.embedding for i, item in enumerate(items) if item.embedding}
     pictures = {i: item.image for i, item in enumerate(items) if item.image is not None}
     failures = []
@@ -88,6 +92,13 @@ async def prepare(
         request=request,
         has_images=bool(pictures),
     )
+
+
+def _checked(request: spb.UpsertRequest, spec: CollectionSpec) -> list[Item]:
+    return [
+        checks.item_of(message, spec, field=f"items[{i}]")
+        for i, message in enumerate(request.items)
+    ]
 
 
 def request_id_of(given: str) -> str:

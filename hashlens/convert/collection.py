@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from hashlens import codes
 from hashlens.convert.embedding import (
     dtype_from_proto,
@@ -20,6 +22,8 @@ from hashlens.types import (
     Item,
 )
 from hashlens.v1 import search_service_pb2 as spb
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 def spec_to_proto(spec: CollectionSpec) -> spb.CollectionSpec:
@@ -88,7 +92,7 @@ def check_id(item_id: str, *, field: str = "id") -> str:
             f"the id is {size_bytes} bytes long: 1 to {MAX_ID_BYTES} are allowed", field=field
         )
     # Ids are printed on one line.
-    if any(ord(c) < 0x20 or ord(c) == 0x7F or 0xD800 <= ord(c) < 0xE000 for c in item_id):
+    if _UNPRINTABLE.search(item_id):
         raise InvalidInputError("an id holds no control characters", field=field)
     return item_id
 

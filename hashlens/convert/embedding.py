@@ -71,13 +71,21 @@ def feature_from_proto(message: epb.Feature) -> NDArray[Any]:
             field="values",
         )
     feature = np.frombuffer(values, dtype=dtype.numpy)
-    if not np.isfinite(feature).all():
+    if not _all_finite(feature):
         raise InvalidInputError(
             f"number {int(np.flatnonzero(~np.isfinite(feature))[0])} is not finite: "
             "mend the feature, or store as f32 what overflows f16",
             field="values",
         )
     return feature
+
+
+def _all_finite(feature: NDArray[Any]) -> bool:
+    """Tell whether no number is NaN or infinity."""
+    if feature.dtype.itemsize == 2:
+        # Their exponents are all ones; NumPy's own look at a float16 takes four times as long.
+        return bool(np.maximum.reduce(feature.view("<u2") & 0x7FFF) < 0x7C00)
+    return bool(np.isfinite(feature).all())
 
 
 def code_from_proto(message: epb.Code) -> tuple[bytes, int]:

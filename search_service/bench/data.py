@@ -79,7 +79,13 @@ def make_codes(kind: Kind, rows: int, n_bits: int, *, n_queries: int, seed: int)
 
 
 def make_features(
-    classes: NDArray[np.uint8], dim: int, dtype: np.dtype[Any], *, seed: int, first_row: int = 0
+    classes: NDArray[np.uint8],
+    dim: int,
+    dtype: np.dtype[Any],
+    *,
+    seed: int,
+    first_row: int = 0,
+    rows: NDArray[np.int64] | None = None,
 ) -> NDArray[Any]:
     """Draw features like F7's: not negative, about half of them 0, alike within a class.
 
@@ -96,6 +102,8 @@ def make_features(
         The same gives the same features for the same row.
     first_row
         Number of the first row, for who makes them block by block.
+    rows
+        Numbers of all rows, where they do not follow each other.
 
     Returns
     -------
@@ -107,7 +115,9 @@ def make_features(
     noise = rng.standard_normal(dim + (1 << 16)).astype(np.float32)
     features = np.empty((len(classes), dim), dtype=dtype)
     # A row's window is its number, hashed.
-    offsets = (np.arange(first_row, first_row + len(classes)) * 40503) % (1 << 16)
+    if rows is None:
+        rows = np.arange(first_row, first_row + len(classes))
+    offsets = (rows * 40503) % (1 << 16)
     for i, (label, offset) in enumerate(zip(classes.tolist(), offsets.tolist(), strict=True)):
         features[i] = np.maximum(centres[label] + noise[offset : offset + dim], 0)
     return features

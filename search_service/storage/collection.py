@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import uuid
@@ -9,8 +10,10 @@ from collections.abc import Callable, Sequence
 
 from hashlens import codes
 from hashlens.errors import (
+    DeadlineError,
     HashlensError,
     InvalidInputError,
+    OverloadedError,
     PreconditionError,
     UnavailableError,
 )
@@ -33,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 _SETTLE_S = 1.0
 _TRIM_S = 2.0
+_MAX_LAG_BYTES = 64 << 20
+"""About how much of the log may be acknowledged and not yet applied here."""
 
 
 class Collection:
@@ -73,6 +78,8 @@ class Collection:
         self._code_bytes = codes.n_bytes(local.spec.n_bits)
         self._feature_bytes = layout.feature_bytes(local.spec)
         self._checkpoint_trouble = ""
+        self._written = 0
+        """About the last write of this replica's own callers."""
         self._meta = Meta(local.spec, local.epoch, local.n_buckets, local.seq, False)
         self._checkpointed_at = time.monotonic()
 
@@ -165,12 +172,15 @@ class Collection:
             Only a part is written; repeating the call with the same request id writes the rest.
         LimitError
             Redis or the local disk is full.
+        OverloadedError
+            This replica has not applied what was written before. Nothing is written.
         """
         records = [self._pack(item, f"items[{i}]") for i, item in enumerate(items)]
         if not records:
             return self.snapshot().version
         give_up = time.monotonic() + deadline_s
         self._check_writable(deadline_s)
+        self._keep_up(give_up)
         written = self._catalog.put(
             self._meta,
             records,
@@ -178,6 +188,7 @@ class Collection:
             deadline_s=give_up - time.monotonic(),
             content=content,
         )
+        self._written = max(self._written, written.seq)
         return written.seq
 
     def delete(self, ids: Sequence[str], *, request_id: str, deadline_s: float) -> DeleteResult:
@@ -271,6 +282,19 @@ class Collection:
         if self._follower.is_lost:
             raise PreconditionError(trouble.message)
         raise type(trouble)(trouble.message)
+
+    def _keep_up(self, give_up: float) -> None:
+        """Wait until the log is not far ahead of the files: Redis holds it in memory until then."""
+        lag_items = max(int(_MAX_LAG_BYTES / self._follower.mean_bytes), 1)
+        while self._written - self._local.seq > lag_items and self._follower.trouble is None:
+            left_s = give_up - time.monotonic()
+            if left_s <= 0:
+                raise OverloadedError(
+                    f"{self.spec.name} is written faster than this replica can follow",
+                    retry_after_s=_SETTLE_S,
+                )
+            with contextlib.suppress(DeadlineError):
+                self._local.wait_for(self._written - lag_items, min(left_s, _SETTLE_S))
 
     def _pack(self, item: Record, field: str) -> Raw:
         """Return an item's log record.

@@ -48,6 +48,8 @@ _LONGEST_SOCKET_PATH_BYTES = 100
 _POLL_S = 0.02
 _LEFTOVER_S = 10.0
 _STOP_S = 10.0
+_READING_S = 0.5
+"""How long a start waits for a server that is there and reads its data; searching needs none."""
 _MAX_PAUSE_S = 5.0
 _LOG_TAIL_BYTES = 2000
 
@@ -96,7 +98,7 @@ class EmbeddedRedis:
     binary
         What to run; by default what `find_server` finds.
     start_timeout_s
-        The longest to wait until it has read its data, in seconds.
+        The longest to wait for its first answer, in seconds.
     """
 
     def __init__(
@@ -126,7 +128,7 @@ class EmbeddedRedis:
         return process.pid if process is not None and process.poll() is None else None
 
     def start(self) -> Self:
-        """Start it, and wait until it answers.
+        """Start it, and wait until it answers; if it has much to read, only until it says so.
 
         Raises
         ------
@@ -135,6 +137,7 @@ class EmbeddedRedis:
         UnavailableError
             It did not start; the message has the end of its log.
         """
+        began_s = time.monotonic()
         binary = self._binary or find_server()
         self._binary = binary
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -153,6 +156,7 @@ class EmbeddedRedis:
             self.stop()
             raise
         logger.info("started %s on %s", binary, self._socket)
+        logger.info("ready stage server: %.3f s", time.monotonic() - began_s)
         return self
 
     def stop(self) -> None:
@@ -227,6 +231,7 @@ class EmbeddedRedis:
 
     def _wait_ready(self) -> None:
         deadline = time.monotonic() + self._start_timeout_s
+        reading_since: float | None = None
         with connect(self.url, 1.0) as client:
             while True:
                 try:
@@ -235,6 +240,11 @@ class EmbeddedRedis:
                 except redis.RedisError as error:
                     if self._failure:
                         raise UnavailableError(f"Redis did not start. {self._failure}") from None
+                    if isinstance(error, redis.BusyLoadingError):
+                        reading_since = reading_since or time.monotonic()
+                        if time.monotonic() - reading_since > _READING_S:
+                            logger.info("%s reads its data; writing waits for it", self._binary)
+                            return
                     if time.monotonic() > deadline:
                         raise UnavailableError(
                             f"Redis was not ready after {self._start_timeout_s:g} s: {error}. "

@@ -127,6 +127,7 @@ class Follower:
         pause_s = _FIRST_PAUSE_S
         while not self._stopping.is_set():
             try:
+                self._local.index_ids()
                 with contextlib.closing(self._connect()) as reader:
                     self._register(reader)
                     pause_s = _FIRST_PAUSE_S

@@ -2,59 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from search_service.snapshot import read_only
+from search_service.storage.id_index import IdIndex, StoredIds
 
 
-@dataclass(slots=True)
 class RowTable:
-    """Which row each id has, which it had before, and which rows are dead.
+    """Which rows each id has had, and which rows are dead.
 
     One thread changes it; `RowsAt` reads it at the same time without a lock. That is safe because
-    nothing is ever taken back: a row keeps its id, an id its former rows, and a flag that is to
-    change is changed in a copy.
+    nothing is ever taken back: a row keeps its id, and a flag that is to change is changed in a
+    copy.
+
+    Parameters
+    ----------
+    rows
+        How many rows there are. Their ids are indexed by `index`, or when one is first looked up:
+        until then a start need not wait for it.
     """
 
-    ids: list[str] = field(default_factory=list)
-    latest: dict[str, int] = field(default_factory=dict)
-    """The last row each id was given, dead or alive."""
-    former: dict[int, int] = field(default_factory=dict)
-    """The row that the same id had before, for rows that are not their id's first."""
-    n_dead: int = 0
-    _dead: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, dtype=np.uint8))
-    """1 where a row is dead; longer than the rows, so that appending needs no copy."""
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.n_dead = 0
+        self._rows_at_start = rows
+        self._ids = IdIndex()
+        self._dead: NDArray[np.uint8] = np.zeros(0, dtype=np.uint8)
+        """1 where a row is dead; longer than the rows, so that appending needs no copy."""
 
-    def alive_row(self, item_id: str) -> int | None:
-        """Return the row of an id, or None if it has none that is alive."""
-        row = self.latest.get(item_id)
-        return None if row is None or self.is_dead(row) else row
+    def index(self, stored: StoredIds) -> None:
+        """Index the ids of the rows that were there at first, unless that is done."""
+        self._ids.build(stored, self._rows_at_start)
+
+    def last_rows(self, ids: Sequence[str], stored: StoredIds, limit: int) -> list[int | None]:
+        """Return for each id the last row below `limit` that has it, dead or alive, or None."""
+        self.index(stored)
+        return self._ids.last_rows(ids, stored, limit)
+
+    def alive_rows(self, ids: Sequence[str], stored: StoredIds) -> list[int | None]:
+        """Return for each id its row, or None if it has none that is alive."""
+        found = self.last_rows(ids, stored, self.rows)
+        return [None if row is None or self.is_dead(row) else row for row in found]
 
     def is_dead(self, row: int) -> bool:
         """Tell whether a row was deleted or replaced."""
         return row < len(self._dead) and bool(self._dead[row])
 
-    def extend(self, ids: Iterable[str]) -> None:
-        """Add rows behind the last, alive."""
-        for item_id in ids:
-            row = len(self.ids)
-            self.ids.append(item_id)
-            before = self.latest.get(item_id)
-            if before is not None:
-                # First the way back, then the new row: a reader of an older version follows it.
-                self.former[row] = before
-            self.latest[item_id] = row
+    def extend(self, ids: Sequence[str], stored: StoredIds) -> None:
+        """Add rows behind the last, alive; `stored` has them already."""
+        self.index(stored)
+        self._ids.extend(ids, stored)
+        self.rows += len(ids)
 
     def kill(self, rows: NDArray[np.int64]) -> None:
         """Mark rows as dead, in a copy: versions that are being read keep their flags."""
         if len(rows) == 0:
             return
-        dead = np.zeros(len(self.ids) + max(len(self.ids) // 4, 1024), dtype=np.uint8)
+        dead = np.zeros(self.rows + max(self.rows // 4, 1024), dtype=np.uint8)
         dead[: len(self._dead)] = self._dead
         dead[rows] = 1
         self._dead = dead
@@ -62,7 +70,7 @@ class RowTable:
 
     def dead_flags(self) -> NDArray[np.uint8] | None:
         """Return 1 for each dead row, shape ``[rows]``, never changed again; None without any."""
-        rows = len(self.ids)
+        rows = self.rows
         if self.n_dead == 0:
             return None
         if len(self._dead) < rows:
@@ -79,28 +87,24 @@ class RowsAt:
     table: RowTable
     rows: int
     dead: NDArray[np.uint8] | None
-    records: NDArray[Any]
-    """`layout.ROW`, shape ``[rows]``, mapped."""
+    ids: StoredIds
     payloads: NDArray[np.uint8]
     """All payloads, mapped."""
 
     def ids_of(self, rows: NDArray[np.int64]) -> list[str]:
         """Return the ids of rows, in the order of `rows`; int64, shape ``[n]``."""
-        ids = self.table.ids
-        return [ids[row] for row in rows.tolist()]
+        return self.ids.of(rows)
 
     def row_of(self, item_id: str) -> int | None:
         """Return the row that an id had in this version, or None."""
-        row = self.table.latest.get(item_id)
-        while row is not None and row >= self.rows:
-            row = self.table.former.get(row)
+        row = self.table.last_rows([item_id], self.ids, self.rows)[0]
         if row is None or (self.dead is not None and self.dead[row]):
             return None
         return row
 
     def payloads_of(self, rows: NDArray[np.int64]) -> list[bytes]:
         """Return the payloads of rows, in the order of `rows`; int64, shape ``[n]``. Copies."""
-        ends = self.records["payload_end"]
+        ends = self.ids.records["payload_end"]
         stops = ends[rows].tolist()
         starts = np.where(rows > 0, ends[rows - 1], 0).tolist()
         view = self.payloads.data

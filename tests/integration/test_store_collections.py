@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +17,14 @@ from hashlens.errors import (
     DeadlineError,
     InvalidInputError,
     NotFoundError,
+    OverloadedError,
     PreconditionError,
 )
 from hashlens.types import CollectionSpec, DeleteResult, FeatureDtype
 from search_service.storage import Collection, Record, Store, StoreConfig
+from search_service.storage import collection as collection_module
+from search_service.storage.layout import LogRecord
+from search_service.storage.local import LocalCollection
 from tests.support.redis_server import RedisServer, server_binaries
 from tests.support.stores import (
     DEADLINE_S,
@@ -220,6 +224,32 @@ def test_many_threads_write_at_once(config: StoreConfig, server: RedisServer) ->
         assert_holds(collection, model)
         with server.client() as client:
             assert_in_redis(client, spec.name, model)
+
+
+def test_writers_wait_for_files_that_fall_behind(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The log is in Redis's memory until the files have it.
+    monkeypatch.setattr(collection_module, "_MAX_LAG_BYTES", 1)
+    opened = threading.Event()
+    apply = LocalCollection.apply
+
+    def apply_later(self: LocalCollection, records: Sequence[LogRecord]) -> None:
+        assert opened.wait(DEADLINE_S)
+        apply(self, records)
+
+    monkeypatch.setattr(LocalCollection, "apply", apply_later)
+    with Store.open(config) as store:
+        collection, model = store.create(SPECS[1]), Model()
+        try:
+            fill(collection, model, seed=1)
+            late = make_records(SPECS[1], 50, seed=2)
+            with pytest.raises(OverloadedError, match="faster"):
+                collection.upsert(late, request_id="f2", deadline_s=0.2)
+        finally:
+            opened.set()
+        fill(collection, model, seed=2)
+        assert_holds(collection, model)
 
 
 def test_what_does_not_fit_is_refused_before_it_is_written(config: StoreConfig) -> None:

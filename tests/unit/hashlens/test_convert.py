@@ -322,6 +322,18 @@ def test_a_malformed_embedding_is_refused_at_its_field(
     assert caught.value.message
 
 
+def test_every_half_number_is_told_finite_or_not() -> None:
+    numbers = np.arange(1 << 16, dtype=np.uint16).view("<f2")
+    finite = np.isfinite(numbers)
+    feature = convert.feature_to_proto(numbers[finite])
+    assert np.array_equal(convert.feature_from_proto(feature), numbers[finite])
+    for number in numbers[~finite]:
+        with pytest.raises(InvalidInputError, match="number 1 is not finite"):
+            convert.feature_from_proto(
+                convert.feature_to_proto(np.array([0, number, 1], dtype="<f2"))
+            )
+
+
 @pytest.mark.parametrize(
     ("message", "field"),
     [

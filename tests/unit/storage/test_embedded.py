@@ -172,3 +172,25 @@ def test_where_no_server_is_installed_the_error_says_what_to_do(
     (tmp_path / "redis-server").write_text("#!/bin/sh\n")
     (tmp_path / "redis-server").chmod(0o755)
     assert embedded.find_server() == tmp_path / "redis-server"
+
+
+_READS_FOR_EVER = """#!{python}
+import socket, sys
+path = sys.argv[sys.argv.index("--unixsocket") + 1]
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(path)
+listener.listen()
+while True:
+    connection, _ = listener.accept()
+    with connection:
+        while connection.recv(4096):
+            connection.sendall(b"-LOADING the dataset is being read\\r\\n")
+"""
+
+
+def test_a_server_that_reads_its_data_holds_nobody_up(directory: Path, tmp_path: Path) -> None:
+    program = tmp_path / "reads-for-ever"
+    program.write_text(_READS_FOR_EVER.format(python=sys.executable))
+    program.chmod(0o700)
+    with EmbeddedRedis(directory, binary=program, start_timeout_s=30.0) as server:
+        assert server.pid is not None
