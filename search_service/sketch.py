@@ -1,0 +1,179 @@
+"""Sketches: a table's features in one byte per number, in memory, so that few have to be read.
+
+A sketch bounds the distance of a query to each row from below (see `search_service.kernels.sketch`).
+Rows whose bound is beyond the k-th best of the answer need no second look, so the answer is the
+exact one, bit for bit. It is derived data: made in the background from what snapshots show, for a
+prefix of a table's rows, never stored, and searches do without where there is none.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from search_service.cancel import Cancel
+from search_service.kernels import sketch as kernels
+from search_service.snapshot import Snapshot
+
+_BLOCK_BYTES = 1 << 24
+"""About how much memory is taken at a time."""
+
+_STEP_BYTES = 1 << 21
+"""Features, as float32, that are rounded at a time."""
+
+_SCAN_ROWS = 1 << 15
+"""Rows between two looks at the cancel flag: a few milliseconds."""
+
+
+def row_bytes(dim: int) -> int:
+    """Return what a row takes."""
+    line = kernels.LINE_BYTES
+    return kernels.HEADER_BYTES + -(-dim // line) * line
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sketch:
+    """What is known of a table's first rows. Immutable: `extended` makes a larger one.
+
+    Larger ones share memory with it, of which each shows only its own rows.
+    """
+
+    dim: int
+    rows: int = 0
+    """Rows 0 to `rows` of the table are in it."""
+    _blocks: tuple[NDArray[np.uint8], ...] = field(default=(), repr=False)
+    """Each uint8, shape ``[block_rows, row_bytes(dim)]``."""
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block: a power of two."""
+        return 1 << max(0, (_BLOCK_BYTES // row_bytes(self.dim)).bit_length() - 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory taken, in bytes."""
+        return sum(block.nbytes for block in self._blocks)
+
+    def extended(self, snapshot: Snapshot, max_bytes: int) -> Sketch:
+        """Return one with some rows more, a few megabytes of features.
+
+        Parameters
+        ----------
+        snapshot
+            Of the table that this is of.
+        max_bytes
+            Most memory to take in all, in bytes.
+
+        Returns
+        -------
+        Sketch
+            Itself if it has all rows of the snapshot, or there is no room for more.
+        """
+        rows_at_once = max(1, _STEP_BYTES // (4 * self.dim))
+        block, first = divmod(self.rows, self.block_rows)
+        n = min(snapshot.rows - self.rows, rows_at_once, self.block_rows - first)
+        blocks = self._blocks
+        if n > 0 and block == len(blocks):
+            size = self.block_rows * row_bytes(self.dim)
+            if self.nbytes + size > max_bytes:
+                n = 0
+            else:
+                blocks += (_memory(size).reshape(self.block_rows, -1),)
+        if n <= 0:
+            return self
+        _encode(_features(snapshot, self.rows, n), blocks[block][first : first + n])
+        return Sketch(self.dim, self.rows + n, blocks)
+
+    def bounds(
+        self, rows: NDArray[np.int64], query: NDArray[np.float32], cancel: Cancel
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Estimate the distance of a query to each of `rows`, and bound it from below.
+
+        Parameters
+        ----------
+        rows
+            int64, shape ``[n]``, each below `rows`; ascending.
+        query
+            float32, shape ``[dim]``, finite, contiguous.
+        cancel
+            Polled between blocks.
+
+        Returns
+        -------
+        near
+            float64, shape ``[n]``: the estimate.
+        least
+            float64, shape ``[n]``: what `fine.distances_to` gives is no less.
+
+        Raises
+        ------
+        CancelledError, DeadlineError
+            As `cancel` says.
+        """
+        codes, numbers = _rounded(query, row_bytes(self.dim) - kernels.HEADER_BYTES)
+        addresses = np.array(
+            [block.__array_interface__["data"][0] for block in self._blocks], dtype=np.int64
+        )
+        block_bits = self.block_rows.bit_length() - 1
+        near = np.empty(rows.shape[0], dtype=np.float64)
+        least = np.empty_like(near)
+        for lo in range(0, rows.shape[0], _SCAN_ROWS):
+            cancel.check()
+            part = slice(lo, lo + _SCAN_ROWS)
+            kernels.bounds(
+                addresses, block_bits, self.dim, rows[part], codes, numbers, near[part], least[part]
+            )
+        return near, least
+
+
+def _rounded(
+    query: NDArray[np.float32], size: int
+) -> tuple[NDArray[np.int16], NDArray[np.float64]]:
+    """Round a query as `kernels.bounds` wants it."""
+    exact = query.astype(np.float64)
+    scale = float(np.abs(exact).max()) / kernels.query_levels(query.shape[0])
+    codes = np.zeros(size, dtype=np.int16)
+    levels = np.rint(exact / scale) if scale > 0 else np.zeros_like(exact)
+    codes[: query.shape[0]] = levels
+    lost = float(np.sqrt(np.square(exact - scale * levels).sum()))
+    # Rounded up, as the kernel does it for rows.
+    lost = lost * (1 + 2.0**-30) + math.sqrt(query.shape[0]) * float(np.abs(exact).max()) * 2.0**-48
+    total, squares = float(levels.sum()), float(np.square(levels).sum())  # both exact
+    return codes, np.array([scale, total, scale * scale * squares, lost])
+
+
+def _features(snapshot: Snapshot, first: int, n: int) -> NDArray[np.float32]:
+    """Return rows widened, NaN where a feature is missing: float32, shape ``[n, dim]``."""
+    wide = np.empty((n, snapshot.dim), dtype=np.float32)
+    done = 0
+    while done < n:
+        segment, position = divmod(first + done, snapshot.rows_per_segment)
+        count = min(n - done, snapshot.rows_per_segment - position)
+        wide[done : done + count] = snapshot.features[segment][position : position + count]
+        done += count
+    if snapshot.has_feature is not None:
+        wide[snapshot.has_feature[first : first + n] == 0] = np.nan
+    return wide
+
+
+def _encode(features: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
+    n, dim = features.shape
+    codes = np.empty((n, dim), dtype=np.uint8)
+    headers = np.empty((n, 4), dtype=np.float64)
+    kernels.encode(features, codes, headers)
+    out[:, : headers.itemsize * 4] = headers.view(np.uint8)
+    out[:, kernels.HEADER_BYTES : kernels.HEADER_BYTES + dim] = codes
+
+
+def _memory(size: int) -> NDArray[np.uint8]:
+    """Return zeros that begin at a page, in large pages where the system has them."""
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    array: NDArray[Any] = np.frombuffer(memory, dtype=np.uint8)
+    return array
