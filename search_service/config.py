@@ -26,6 +26,11 @@ class SearchConfig(ServerConfig):
     max_queue: int = setting(1024, "Most searches waiting for the kernels; one more is refused.")
     max_batch_queries: int = setting(256, "Most queries of one SearchBatch.")
     n_store_threads: int = setting(16, "Threads that wait for Redis.")
+    sketch_memory_mb: int = setting(
+        0,
+        "Memory for sketches of features, in MiB: exact answers from large pools that read few "
+        "features. A row takes its width in bytes and 64 more. 0: none.",
+    )
     checkpoint_interval_s: float = setting(30.0, "Longest between checkpoints, in seconds.")
 
     def __post_init__(self) -> None:
@@ -35,5 +40,7 @@ class SearchConfig(ServerConfig):
         for name in ("max_queue", "max_batch_queries", "n_store_threads"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} is at least 1", field=name)
+        if self.sketch_memory_mb < 0:
+            raise InvalidInputError("sketch_memory_mb is 0 or more", field="sketch_memory_mb")
         if self.checkpoint_interval_s <= 0:
             raise InvalidInputError("checkpoint_interval_s is above 0")

@@ -1,9 +1,9 @@
 """Sketches: a table's features in one byte per number, in memory, so that few have to be read.
 
-A sketch bounds the distance of a query to each row from below (see `search_service.kernels.sketch`).
-Rows whose bound is beyond the k-th best of the answer need no second look, so the answer is the
-exact one, bit for bit. It is derived data: made in the background from what snapshots show, for a
-prefix of a table's rows, never stored, and searches do without where there is none.
+A sketch bounds the distance of a query to each row from below; `search_service.kernels.sketch`
+says how. Rows whose bound is beyond the k-th best of the answer need no second look, so the answer
+is the exact one, bit for bit. It is derived data: made in the background from what snapshots show,
+for a prefix of a table's rows, never stored, and searches do without where there is none.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from search_service import readahead
 from search_service.cancel import Cancel
 from search_service.kernels import sketch as kernels
 from search_service.snapshot import Snapshot
@@ -28,6 +29,12 @@ _STEP_BYTES = 1 << 21
 
 _SCAN_ROWS = 1 << 15
 """Rows between two looks at the cancel flag: a few milliseconds."""
+
+
+def warm_up() -> None:
+    """Compile the kernels."""
+    kernels.encode.compile()
+    kernels.bounds.compile()
 
 
 def row_bytes(dim: int) -> int:
@@ -149,6 +156,7 @@ def _rounded(
 
 def _features(snapshot: Snapshot, first: int, n: int) -> NDArray[np.float32]:
     """Return rows widened, NaN where a feature is missing: float32, shape ``[n, dim]``."""
+    readahead.want_rows(snapshot, first, first + 2 * n)  # the next ones, too
     wide = np.empty((n, snapshot.dim), dtype=np.float32)
     done = 0
     while done < n:

@@ -77,6 +77,9 @@ class Snapshot:
     its segment holds at such a row is never read."""
     model_id: str = ""
     """Which model made the embeddings; when it is set, a query of any other is refused."""
+    table_id: str = ""
+    """Of snapshots with the same one, the rows of an older are the first rows of a newer, but for
+    which are dead. Empty: nothing is known of other snapshots."""
 
     def __post_init__(self) -> None:
         rows = self.rows

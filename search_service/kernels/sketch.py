@@ -1,10 +1,10 @@
 """Features in a quarter or half of their bytes, and what they prove about distances.
 
 A row ``x`` is kept as one byte per number, ``y[i] = offset + scale * code[i]``, and the length of
-what that loses, ``loss >= |x - y|``. A query ``q`` is rounded likewise, far finer, to ``p``. The
-triangle inequality then says of the distance ``|q - x|`` that it differs from ``|p - y|`` by no more
-than ``loss + |q - p|``. The distance ``|p - y|`` is one inner product of integers, which is exact,
-and a few operations in double precision.
+what that loses, ``loss >= |x - y|``. A query ``q`` is rounded likewise, far finer, to ``p``. By the
+triangle inequality, the distance ``|q - x|`` differs from ``|p - y|`` by no more than
+``loss + |q - p|``; and ``|p - y|`` is one inner product of integers, which is exact, and a few
+operations in double precision.
 
 A row is a header of `HEADER_BYTES` (offset, scale, ``|y|**2`` and loss as float64) and its codes,
 padded with zeros to whole cache lines.
@@ -88,7 +88,8 @@ def encode(features, codes, headers):  # type: ignore[no-untyped-def]
         total = np.float64(0)
         for i in range(dim):
             number = np.float64(x[i])
-            low, high = min(low, number), max(high, number)
+            low = number if number < low else low
+            high = number if number > high else high
             total += number
         if not math.isfinite(total):  # any infinity or NaN gets here: float32 cannot overflow it
             code[:] = 0
@@ -100,13 +101,14 @@ def encode(features, codes, headers):  # type: ignore[no-untyped-def]
         squares = np.float64(0)
         code_sum, code_squares = np.int64(0), np.int64(0)
         for i in range(dim):
-            level = min(max(np.int64((x[i] - low) * inverse + 0.5), 0), LEVELS)
+            level = np.int64((x[i] - low) * inverse + 0.5)
+            level = np.int64(LEVELS) if level > LEVELS else level
             code[i] = level
             code_sum += level
             code_squares += level * level
             lost = x[i] - (low + scale * level)
             squares += lost * lost
-        greatest = max(abs(low), abs(high))
+        greatest = abs(low) if abs(low) > abs(high) else abs(high)
         headers[row, 0] = low
         headers[row, 1] = scale
         headers[row, 2] = (
@@ -191,8 +193,7 @@ def _group(addresses, block_bits, row_bytes, rows, i):  # type: ignore[no-untype
     )
 
 
-@intrinsic
-def _header(typing: Any, address: Any) -> Any:
+def _typed_header(typing: Any, address: Any) -> Any:
     """Read the four numbers of a header: ``(address) -> (float64, ...)``."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -203,8 +204,10 @@ def _header(typing: Any, address: Any) -> Any:
     return types.UniTuple(types.float64, 4)(types.int64), generate
 
 
-@intrinsic
-def _products(typing: Any, addresses: Any, later: Any, query: Any) -> Any:
+_header: Any = intrinsic(_typed_header)
+
+
+def _typed_products(typing: Any, addresses: Any, later: Any, query: Any) -> Any:
     """Multiply the codes of `GROUP_ROWS` rows with a query's, asking for those of `later` rows.
 
     The rows go side by side; `search_service.kernels.euclidean` says why.
@@ -241,6 +244,9 @@ def _products(typing: Any, addresses: Any, later: Any, query: Any) -> Any:
         return context.make_tuple(builder, signature.return_type, totals)
 
     return types.UniTuple(types.int64, GROUP_ROWS)(_GROUP, _GROUP, I16_IN), generate
+
+
+_products: Any = intrinsic(_typed_products)
 
 
 def _multiply_add(context: Any, builder: Any, a: Any, b: Any) -> Any:

@@ -295,6 +295,7 @@ class LocalCollection:
             rows_per_segment=arrays.rows_per_segment,
             dead=dead,
             model_id=self.spec.model_id,
+            table_id=f"{self.epoch}/{self._generation}",
         )
 
 
