@@ -65,6 +65,8 @@ class FineConfig(BenchConfig):
                 raise InvalidInputError(f"{name} is at least 1", field=name)
         if self.rows < 2 * self.pool:
             raise InvalidInputError("rows is at least twice the pool", field="rows")
+        if not self.dtypes:
+            raise InvalidInputError("forms names one form at least", field="forms")
         if not all(1 <= k <= self.pool for k in self.ks):
             raise InvalidInputError("k is 1 to the size of the pool", field="k")
 
@@ -133,6 +135,7 @@ def fine(config: FineConfig) -> None:
             results += _warm(table, config, peers, memory)
             if config.cold:
                 results += _cold(table, config)
+    del memory  # `describe` takes as much once more
     settings = {key: value for key, value in asdict(config).items() if key not in ("json", "plot")}
     settings["dir"] = str(config.dir or tempfile.gettempdir())
     versions = ("faiss-cpu",) if "faiss" in peers else ()
