@@ -12,6 +12,7 @@ from search_service import readahead
 from search_service import sketch as sketches
 from search_service.cancel import Cancel
 from search_service.kernels import euclidean
+from search_service.readahead import Place
 from search_service.sketch import Sketch
 from search_service.snapshot import Snapshot
 
@@ -61,34 +62,34 @@ def rank(
         As `cancel` says.
     """
     n_known = 0 if sketch is None else int(np.searchsorted(rows, sketch.rows))
-    if sketch is None or not _is_worth_it(snapshot, rows[:n_known], k):
-        return rows, hamming_bits, distances_to(snapshot, rows, query, cancel)
+    place = Place.of(snapshot)
+    if sketch is None or not _is_worth_it(snapshot, place, rows[:n_known], k):
+        return rows, hamming_bits, _distances(snapshot, place, rows, query, cancel)
     near, least = sketch.bounds(rows[:n_known], query, cancel)
     # The k that seem nearest, and what the sketch does not know, set the distance to beat.
     exact = np.full(rows.shape[0], np.inf, dtype=np.float32)
     chosen = np.zeros(rows.shape[0], dtype=np.bool_)
     chosen[np.argpartition(near, k - 1)[:k]] = True
     chosen[n_known:] = True
-    exact[chosen] = distances_to(snapshot, rows[chosen], query, cancel)
+    exact[chosen] = _distances(snapshot, place, rows[chosen], query, cancel)
     to_beat = float(np.partition(exact[chosen], k - 1)[k - 1])
     more = np.flatnonzero((least <= to_beat) & ~chosen[:n_known])
-    exact[more] = distances_to(snapshot, rows[more], query, cancel)
+    exact[more] = _distances(snapshot, place, rows[more], query, cancel)
     chosen[more] = True
     return rows[chosen], hamming_bits[chosen], exact[chosen]
 
 
-def _is_worth_it(snapshot: Snapshot, rows: NDArray[np.int64], k: int) -> bool:
+def _is_worth_it(snapshot: Snapshot, place: Place, rows: NDArray[np.int64], k: int) -> bool:
     """Tell whether asking a sketch about `rows` is likely to be faster than reading them.
 
-    About twice `k` of them are read as well, where features are as alike as within a class. In
-    memory that is twice the work for another reason: two short passes instead of one long.
+    Up to twice `k` of them are read as well, where features are no more alike than noise is. In
+    memory it has to save that much again, because two short passes are slower than a long one.
     """
-    row_bytes = snapshot.dim * snapshot.feature_dtype.numpy.itemsize
-    saved_bytes = row_bytes - sketches.row_bytes(snapshot.dim)
+    saved_bytes = place.row_bytes - sketches.row_bytes(snapshot.dim)
     n = rows.shape[0]
-    if n * saved_bytes >= 4 * k * row_bytes:
+    if n * saved_bytes >= 4 * k * place.row_bytes:
         return True
-    return n >= 2 * k and readahead.is_cold(readahead.Place.of(snapshot), rows)
+    return n >= 2 * k and readahead.is_cold(place, rows)
 
 
 def distances_to(
@@ -117,7 +118,16 @@ def distances_to(
     CancelledError, DeadlineError
         As `cancel` says.
     """
-    place = readahead.Place.of(snapshot)
+    return _distances(snapshot, Place.of(snapshot), rows, query, cancel)
+
+
+def _distances(
+    snapshot: Snapshot,
+    place: Place,
+    rows: NDArray[np.int64],
+    query: NDArray[np.float32],
+    cancel: Cancel,
+) -> NDArray[np.float32]:
     is_half = snapshot.feature_dtype is FeatureDtype.F16
     distances = np.empty(rows.shape[0], dtype=np.float32)
     with closing(readahead.blocks(place, rows, _BLOCK_ROWS, cancel)) as parts:

@@ -55,6 +55,8 @@ class Sketch:
     """Rows 0 to `rows` of the table are in it."""
     _blocks: tuple[NDArray[np.uint8], ...] = field(default=(), repr=False)
     """Each uint8, shape ``[block_rows, row_bytes(dim)]``."""
+    _addresses: tuple[int, ...] = field(default=(), repr=False)
+    """Where each block begins."""
 
     @property
     def block_rows(self) -> int:
@@ -84,17 +86,18 @@ class Sketch:
         rows_at_once = max(1, _STEP_BYTES // (4 * self.dim))
         block, first = divmod(self.rows, self.block_rows)
         n = min(snapshot.rows - self.rows, rows_at_once, self.block_rows - first)
-        blocks = self._blocks
+        blocks, addresses = self._blocks, self._addresses
         if n > 0 and block == len(blocks):
             size = self.block_rows * row_bytes(self.dim)
             if self.nbytes + size > max_bytes:
                 n = 0
             else:
                 blocks += (_memory(size).reshape(self.block_rows, -1),)
+                addresses += (blocks[-1].__array_interface__["data"][0],)
         if n <= 0:
             return self
         _encode(_features(snapshot, self.rows, n), blocks[block][first : first + n])
-        return Sketch(self.dim, self.rows + n, blocks)
+        return Sketch(self.dim, self.rows + n, blocks, addresses)
 
     def bounds(
         self, rows: NDArray[np.int64], query: NDArray[np.float32], cancel: Cancel
@@ -123,9 +126,7 @@ class Sketch:
             As `cancel` says.
         """
         codes, numbers = _rounded(query, row_bytes(self.dim) - kernels.HEADER_BYTES)
-        addresses = np.array(
-            [block.__array_interface__["data"][0] for block in self._blocks], dtype=np.int64
-        )
+        addresses = np.array(self._addresses, dtype=np.int64)
         block_bits = self.block_rows.bit_length() - 1
         near = np.empty(rows.shape[0], dtype=np.float64)
         least = np.empty_like(near)

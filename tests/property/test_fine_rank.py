@@ -96,7 +96,7 @@ def test_same_nearest_with_the_same_bits(made: tuple[np.ndarray, np.ndarray], da
     sketch = sketch_of(snapshot, data.draw(st.integers(0, len(table))))
     bits = (rows % 7).astype(np.uint16)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fine, "_is_worth_it", lambda snapshot, rows, k: len(rows) >= k)
+        patch.setattr(fine, "_is_worth_it", lambda snapshot, place, rows, k: len(rows) >= k)
         got = fine.rank(snapshot, rows, bits, query, k, Cancel(), sketch)
 
     exact = np.array([slow.euclidean(table[row], query) for row in rows], dtype=np.float32)
