@@ -29,7 +29,7 @@ class SearchConfig(ServerConfig):
     sketch_memory_mb: int = setting(
         0,
         "Memory for sketches of features, in MiB: exact answers from large pools that read few "
-        "features. A row takes its width in bytes and 64 more. 0: none.",
+        "features. A row takes its width in bytes and 32 more. 0: none.",
     )
     checkpoint_interval_s: float = setting(30.0, "Longest between checkpoints, in seconds.")
 

@@ -39,8 +39,11 @@ def warm_up() -> None:
 
 def row_bytes(dim: int) -> int:
     """Return what a row takes."""
-    line = kernels.LINE_BYTES
-    return kernels.HEADER_BYTES + -(-dim // line) * line
+    return kernels.HEADER_BYTES + _code_bytes(dim)
+
+
+def _code_bytes(dim: int) -> int:
+    return -(-dim // kernels.LINE_BYTES) * kernels.LINE_BYTES
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,7 +57,7 @@ class Sketch:
     rows: int = 0
     """Rows 0 to `rows` of the table are in it."""
     _blocks: tuple[NDArray[np.uint8], ...] = field(default=(), repr=False)
-    """Each uint8, shape ``[block_rows, row_bytes(dim)]``."""
+    """Each uint8, shape ``[block_rows * row_bytes(dim)]``; see `search_service.kernels.sketch`."""
     _addresses: tuple[int, ...] = field(default=(), repr=False)
     """Where each block begins."""
 
@@ -92,11 +95,11 @@ class Sketch:
             if self.nbytes + size > max_bytes:
                 n = 0
             else:
-                blocks += (_memory(size).reshape(self.block_rows, -1),)
+                blocks += (_memory(size),)
                 addresses += (blocks[-1].__array_interface__["data"][0],)
         if n <= 0:
             return self
-        _encode(_features(snapshot, self.rows, n), blocks[block][first : first + n])
+        self._encode(_features(snapshot, self.rows, n), blocks[block], first)
         return Sketch(self.dim, self.rows + n, blocks, addresses)
 
     def bounds(
@@ -125,7 +128,7 @@ class Sketch:
         CancelledError, DeadlineError
             As `cancel` says.
         """
-        codes, numbers = _rounded(query, row_bytes(self.dim) - kernels.HEADER_BYTES)
+        codes, numbers = _rounded(query, _code_bytes(self.dim))
         addresses = np.array(self._addresses, dtype=np.int64)
         block_bits = self.block_rows.bit_length() - 1
         near = np.empty(rows.shape[0], dtype=np.float64)
@@ -137,6 +140,16 @@ class Sketch:
                 addresses, block_bits, self.dim, rows[part], codes, numbers, near[part], least[part]
             )
         return near, least
+
+    def _encode(self, features: NDArray[np.float32], block: NDArray[np.uint8], first: int) -> None:
+        """Write rows into a block, from row `first` of it on."""
+        n, dim = features.shape
+        rows = slice(first, first + n)
+        end_of_codes = self.block_rows * _code_bytes(dim)
+        codes = np.empty((n, dim), dtype=np.uint8)
+        headers = block[end_of_codes:].view(np.float64).reshape(self.block_rows, -1)[rows]
+        kernels.encode(features, codes, headers)
+        block[:end_of_codes].reshape(self.block_rows, -1)[rows, :dim] = codes
 
 
 def _rounded(
@@ -168,15 +181,6 @@ def _features(snapshot: Snapshot, first: int, n: int) -> NDArray[np.float32]:
     if snapshot.has_feature is not None:
         wide[snapshot.has_feature[first : first + n] == 0] = np.nan
     return wide
-
-
-def _encode(features: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
-    n, dim = features.shape
-    codes = np.empty((n, dim), dtype=np.uint8)
-    headers = np.empty((n, 4), dtype=np.float64)
-    kernels.encode(features, codes, headers)
-    out[:, : headers.itemsize * 4] = headers.view(np.uint8)
-    out[:, kernels.HEADER_BYTES : kernels.HEADER_BYTES + dim] = codes
 
 
 def _memory(size: int) -> NDArray[np.uint8]:

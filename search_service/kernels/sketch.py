@@ -6,8 +6,10 @@ triangle inequality, the distance ``|q - x|`` differs from ``|p - y|`` by no mor
 ``loss + |q - p|``; and ``|p - y|`` is one inner product of integers, which is exact, and a few
 operations in double precision.
 
-A row is a header of `HEADER_BYTES` (offset, scale, ``|y|**2`` and loss as float64) and its codes,
-padded with zeros to whole cache lines.
+Rows come in blocks of a power of two of them: first the codes of all, each row padded with zeros to
+whole cache lines, then a header of `HEADER_BYTES` for each: offset, scale, ``|y|**2`` and loss as
+float64. So the codes of a row of 4096 numbers are exactly a page; if they began within one, they
+would come a fifth slower.
 """
 
 from __future__ import annotations
@@ -37,8 +39,7 @@ from search_service.kernels.compile import (
 )
 from search_service.kernels.euclidean import GROUP_ROWS
 
-HEADER_BYTES = 64
-"""A cache line, so that the codes begin at one."""
+HEADER_BYTES = 32
 
 LINE_BYTES = 64
 
@@ -148,7 +149,8 @@ def bounds(  # type: ignore[no-untyped-def]
         Written: float64, shape ``[n]``: `search_service.kernels.euclidean` finds no less.
     """
     n = rows.shape[0]
-    row_bytes = HEADER_BYTES + query_codes.shape[0]
+    row_bytes = query_codes.shape[0]
+    headers = addresses + (row_bytes << block_bits)
     ahead = GROUP_ROWS * max(1, _AHEAD_BYTES // (GROUP_ROWS * row_bytes))
     # What float32 sums may fall short of the real distance: relatively by one rounding for each
     # addition in a lane and a few more (of the square, so twice what is needed), absolutely by
@@ -159,9 +161,12 @@ def bounds(  # type: ignore[no-untyped-def]
         first = GROUP_ROWS * group
         these = _group(addresses, block_bits, row_bytes, rows, first)
         later = _group(addresses, block_bits, row_bytes, rows, first + ahead)
+        for i in range(GROUP_ROWS):
+            _want(_address(headers, block_bits, HEADER_BYTES, rows, first + i))
         products = _products(these, later, query_codes)
         for i in range(min(GROUP_ROWS, n - first)):
-            offset, scale, row_square, loss = _header(these[i])
+            header = _address(headers, block_bits, HEADER_BYTES, rows, first + i)
+            offset, scale, row_square, loss = _header(header)
             inner = query[0] * (offset * query[1] + scale * products[i])
             squared = query[2] + row_square - 2 * inner
             greatest = max(abs(offset), abs(offset + LEVELS * scale))
@@ -207,6 +212,19 @@ def _typed_header(typing: Any, address: Any) -> Any:
 _header: Any = intrinsic(_typed_header)
 
 
+def _typed_want(typing: Any, address: Any) -> Any:
+    """Ask for the cache line at an address: ``(address)``."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _prefetch(builder, builder.inttoptr(args[0], _I8.as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+_want: Any = intrinsic(_typed_want)
+
+
 def _typed_products(typing: Any, addresses: Any, later: Any, query: Any) -> Any:
     """Multiply the codes of `GROUP_ROWS` rows with a query's, asking for those of `later` rows.
 
@@ -218,7 +236,7 @@ def _typed_products(typing: Any, addresses: Any, later: Any, query: Any) -> Any:
         size = builder.extract_value(array.shape, 0)
         rows, later_rows = (
             [
-                builder.gep(builder.inttoptr(row, _I8.as_pointer()), [_I32(HEADER_BYTES)])
+                builder.inttoptr(row, _I8.as_pointer())
                 for row in cgutils.unpack_tuple(builder, group, GROUP_ROWS)
             ]
             for group in args[:2]
@@ -238,8 +256,6 @@ def _typed_products(typing: Any, addresses: Any, later: Any, query: Any) -> Any:
                     wide = builder.zext(bytes_, codes.type)
                     product = _multiply_add(context, builder, wide, codes)
                     builder.store(builder.add(builder.load(lanes), product), lanes)
-        for row in later_rows:
-            _prefetch(builder, builder.gep(row, [_I32(-HEADER_BYTES)]))
         totals = [_add_halves(builder, builder.load(lanes)) for lanes in sums]
         return context.make_tuple(builder, signature.return_type, totals)
 
