@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from hashlens.errors import InvalidInputError, PreconditionError
 from search_service import fine as stage
-from search_service.bench import fine, machine, pagecache
+from search_service.bench import fine, machine, pagecache, table
 from search_service.bench.report import WrongAnswerError
 
 TINY = ["--rows", "600", "--dim", "70", "--pool", "200", "--k", "3,50", "--repeats", "1"]
@@ -20,7 +20,7 @@ TINY = ["--rows", "600", "--dim", "70", "--pool", "200", "--k", "3,50", "--repea
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_BANDWIDTH_BYTES", 1 << 22)
     monkeypatch.setattr(machine, "_BUDGET_S", 0.01)
-    monkeypatch.setattr(fine, "_SEGMENT_BYTES", 1 << 14)
+    monkeypatch.setattr(table, "_SEGMENT_BYTES", 1 << 14)
 
 
 def run(*args: str) -> Any:
