@@ -16,12 +16,16 @@ from numpy.typing import NDArray
 from hashlens.errors import PreconditionError
 from hashlens.types import CollectionSpec, FeatureDtype
 from search_service.bench import data
-from search_service.sketch import Sketch
+from search_service.sketch import Sketch, row_bytes
 from search_service.snapshot import Snapshot, read_only
 from search_service.storage import layout
 from search_service.storage.arrays import Arrays
 
-_N_QUERIES = 5
+_MIN_QUERIES, _MAX_QUERIES = 5, 250
+_SPREAD_BYTES = 1 << 28
+"""Of all pools together in a sketch, the smallest form: more than caches hold, so that no pool is
+found in one from the time before."""
+
 _N_BITS = 64
 _BLOCK_ROWS = 4096
 _SEGMENT_BYTES = 256 << 20
@@ -36,6 +40,12 @@ class Shape:
     pool: int
     """Rows of a query's pool, of its own class as far as that goes."""
     seed: int
+
+    @property
+    def n_queries(self) -> int:
+        """How many queries there are."""
+        wanted = -(-_SPREAD_BYTES // (self.pool * row_bytes(self.dim)))
+        return min(max(wanted, _MIN_QUERIES), _MAX_QUERIES)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,7 +107,9 @@ def _written(shape: Shape, dtype: FeatureDtype, folder: Path) -> Table:
         raise PreconditionError(
             f"{folder.parent} has no room for {needed / 1e9:.1f} GB. Give fewer --rows or --dir."
         )
-    drawn = data.make_codes("trained", shape.rows, _N_BITS, n_queries=_N_QUERIES, seed=shape.seed)
+    drawn = data.make_codes(
+        "trained", shape.rows, _N_BITS, n_queries=shape.n_queries, seed=shape.seed
+    )
     arrays = Arrays.create(
         folder,
         spec,
@@ -143,7 +155,7 @@ def _written(shape: Shape, dtype: FeatureDtype, folder: Path) -> Table:
 def _queries(shape: Shape, drawn: data.CodeSet) -> list[Query]:
     """Draw queries beside rows of the table; a pool is of its query's class as far as that goes."""
     rng = np.random.default_rng(shape.seed)
-    labels = rng.integers(0, data.N_CLASSES, _N_QUERIES).astype(np.uint8)
+    labels = rng.integers(0, data.N_CLASSES, shape.n_queries).astype(np.uint8)
     features = data.make_features(
         labels, shape.dim, np.dtype(np.float32), seed=shape.seed, first_row=shape.rows
     )

@@ -21,6 +21,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_BANDWIDTH_BYTES", 1 << 22)
     monkeypatch.setattr(machine, "_BUDGET_S", 0.01)
     monkeypatch.setattr(table, "_SEGMENT_BYTES", 1 << 14)
+    monkeypatch.setattr(table, "_SPREAD_BYTES", 1 << 16)
 
 
 def run(*args: str) -> Any:
