@@ -42,8 +42,8 @@ LANES = 32
 GROUP_ROWS = 8
 """Rows that a thread reads side by side. One row after the other keeps a core waiting: it has room
 for some twenty cache lines on their way, and hardware looks ahead within a stream only, by more of
-it the more streams there are. Eight of them, each asked for a group in advance, come as fast as
-memory that is read from end to end (4096 numbers: twice to three times as fast as one)."""
+it the more streams there are. Eight of them, each asked for a group in advance, come nearly as fast
+as memory that is read from end to end, if rows are wide; twelve or sixteen come no faster."""
 
 _AHEAD_BYTES = 1 << 13
 """How far ahead rows are asked for, where a group is shorter than that."""
