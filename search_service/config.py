@@ -29,6 +29,11 @@ class SearchConfig(ServerConfig):
         1, "Most audits at a time; one more is refused. Each reads every feature."
     )
     n_store_threads: int = setting(16, "Threads that wait for Redis.")
+    sketch_memory_mb: int = setting(
+        0,
+        "Memory for sketches of features, in MiB: exact answers from large pools that read few "
+        "features. A row takes its width in bytes and 32 more. 0: none.",
+    )
     checkpoint_interval_s: float = setting(30.0, "Longest between checkpoints, in seconds.")
 
     def __post_init__(self) -> None:
@@ -38,5 +43,7 @@ class SearchConfig(ServerConfig):
         for name in ("max_queue", "max_batch_queries", "max_audits", "n_store_threads"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} is at least 1", field=name)
+        if self.sketch_memory_mb < 0:
+            raise InvalidInputError("sketch_memory_mb is 0 or more", field="sketch_memory_mb")
         if self.checkpoint_interval_s <= 0:
             raise InvalidInputError("checkpoint_interval_s is above 0")

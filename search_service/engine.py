@@ -28,9 +28,10 @@ from hashlens.types import (
     SearchResult,
     StageTimings,
 )
-from search_service import coarse, explain, fine, margins
+from search_service import coarse, explain, fine, margins, sketch
 from search_service.cancel import Cancel
 from search_service.kernels import select
+from search_service.sketches import Sketches
 from search_service.snapshot import Snapshot
 
 
@@ -39,9 +40,15 @@ class Engine:
 
     Calls from several threads take turns. In a process with an `Executor`, search through it: two
     engines entered at once may meet in Numba's threading layer, which not every layer survives.
+
+    Parameters
+    ----------
+    sketches
+        Saves the fine stage from reading most features of a large pool. Default: all are read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, sketches: Sketches | None = None) -> None:
+        self._sketches = sketches
         self._scratch = coarse.Scratch()
         self._turn = threading.Lock()
 
@@ -110,6 +117,8 @@ class Engine:
         self.search(snapshot, stored)
         sure = replace(stored, activations=np.zeros(8, dtype=np.float32))
         self.search(snapshot, sure, SearchOptions(rank=Rank.HAMMING))
+        if self._sketches is not None:
+            sketch.warm_up()
 
     def _search(
         self,
@@ -145,7 +154,10 @@ class Engine:
                 rows, hamming_bits = rows[has_feature], hamming_bits[has_feature]
                 n_unranked = pool.rows.shape[0] - rows.shape[0]
             vector = np.ascontiguousarray(query.feature, dtype=np.float32)
-            distances = fine.distances_to(snapshot, rows, vector, cancel)
+            known = None if self._sketches is None else self._sketches.of(snapshot)
+            rows, hamming_bits, distances = fine.rank(
+                snapshot, rows, hamming_bits, vector, options.k, cancel, known
+            )
             keys = select.euclidean_keys(distances, hamming_bits)
         elif weights is not None:
             near = pool.hamming_bits <= pool.radius_of(options.k)

@@ -41,6 +41,7 @@ from search_service.engine import Engine, embedding_of
 from search_service.executor import Executor
 from search_service.images import ImageEncoder
 from search_service.items import items_of
+from search_service.sketches import Sketches
 from search_service.snapshot import Snapshot
 from search_service.storage.collection import Collection
 from search_service.storage.store import Store, StoreConfig
@@ -74,7 +75,10 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         self._config = config
         self._stack = AsyncExitStack()
         self._threads = ThreadPoolExecutor(config.n_store_threads, thread_name_prefix="store")
-        self._engine = Engine()
+        sketches = Sketches(config.sketch_memory_mb << 20) if config.sketch_memory_mb else None
+        if sketches is not None:
+            self._stack.callback(sketches.close)
+        self._engine = Engine(sketches=sketches)
         self._auditor = Auditor(max_audits=config.max_audits)
         self._opening: asyncio.Future[Store] | None = None
         self._store: Store

@@ -19,7 +19,7 @@ from hashlens.cli.processes import interruptible
 from hashlens.cli.text import console
 from hashlens.client import Client
 from hashlens.config import options, setting
-from hashlens.errors import InvalidInputError, UnavailableError
+from hashlens.errors import InvalidInputError
 from hashlens.types import CollectionSpec, FeatureDtype, Rank, SearchOptions, SearchResult
 from search_service.bench import claim_ask, claim_build, load
 from search_service.bench.claim_ask import Question
@@ -32,7 +32,6 @@ from search_service.bench.service import Served, memory_of, read_mb, redis_pid, 
 
 _CALLERS = 4
 _COLD_BALLS = 2
-_WRITABLE_S = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +213,7 @@ class _Run:
             with self._search() as service, self._client(service) as client:
                 began_s = time.monotonic()
                 starts.append(service)
-                self._wait_writable(client, question.rows.spec.name)
+                load.wait_writable(client, question.rows.spec.name)
                 writable_s.append(service.ready_s + time.monotonic() - began_s)
                 self._touch_codes(client, question)
                 before_mb = read_mb(service.pid)
@@ -247,14 +246,6 @@ class _Run:
         stored = question.rows.id_of(0)
         ranked = SearchOptions(k=1, rank=Rank.HAMMING)
         client.search(question.rows.spec.name, id=stored, options=ranked)
-
-    def _wait_writable(self, client: Client, name: str) -> None:
-        """Wait until the store has read its own file: then nothing but us uses the machine."""
-        give_up_s = time.monotonic() + _WRITABLE_S
-        while not client.collection(name).writable:
-            if time.monotonic() > give_up_s:
-                raise UnavailableError(f"{name} cannot be written {_WRITABLE_S:g} s after a start")
-            time.sleep(0.05)
 
     def _search(self) -> contextlib.AbstractContextManager[Served]:
         arguments = ["--data-dir", str(self._data_dir)]

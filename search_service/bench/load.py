@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hashlens.cli.ingest import pipelined
 from hashlens.client import Client
-from hashlens.errors import OverloadedError
+from hashlens.errors import OverloadedError, UnavailableError
 from hashlens.types import CollectionSpec, Embedding, Item
 from search_service.bench.data import CodeSet, make_features
 
@@ -22,6 +22,7 @@ CHUNK_ITEMS = 256
 CALL_DEADLINE_S = 120.0
 
 _BLOCK_ROWS = 4096
+_WRITABLE_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,21 @@ def write(
     acknowledged_s = time.monotonic() - began_s
     client.collection(name, deadline_s=CALL_DEADLINE_S)  # Waits for what this client wrote.
     return Written(stop - first, acknowledged_s, time.monotonic() - began_s)
+
+
+def wait_writable(client: Client, name: str) -> None:
+    """Wait until the store has read its own file after a start; searching needs it not.
+
+    Raises
+    ------
+    UnavailableError
+        It takes too long.
+    """
+    give_up_s = time.monotonic() + _WRITABLE_S
+    while not client.collection(name).writable:
+        if time.monotonic() > give_up_s:
+            raise UnavailableError(f"{name} cannot be written {_WRITABLE_S:g} s after a start")
+        time.sleep(0.05)
 
 
 def _upsert(client: Client, name: str, chunk: list[Item]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +64,8 @@ def restart(config: RestartConfig) -> None:
         for first, stop in zip([0, *steps[:-1]], steps, strict=True):
             with served("search_service", ["--data-dir", str(data_dir)]) as service:
                 with Client(service.address, service.address) as client:
+                    if first:
+                        load.wait_writable(client, _NAME)
                     client.create_collection(_NAME, spec=spec)
                     load.write(client, rows, first, stop, callers=4)
                 before_mb = memory_of(service.pid).anonymous
@@ -74,10 +77,15 @@ def _case(
     config: RestartConfig, data_dir: Path, rows: load.Rows, n: int, before_mb: float
 ) -> Measured:
     starts: list[Served] = []
+    writable_s: list[float] = []
     for _ in range(config.repeats):
         with served("search_service", ["--data-dir", str(data_dir)]) as service:
+            began_s = time.monotonic()
             starts.append(service)
             _check(service.address, rows, n)
+            with Client(service.address, service.address) as client:
+                load.wait_writable(client, _NAME)
+            writable_s.append(service.ready_s + time.monotonic() - began_s)
             ours, server = memory_of(service.pid), memory_of(redis_pid(data_dir))
 
     def stage_ms(name: str) -> float:
@@ -98,6 +106,7 @@ def _case(
             "server_ms": stages_ms["server"],
             "files_ms": stages_ms["store"] - stages_ms["server"],
             "kernels_ms": stages_ms["kernels"],
+            "writable_ms": float(np.median(writable_s)) * 1e3,
             "anonymous_mb": ours.anonymous,
             "files_mb": ours.files,
             "anonymous_before_mb": before_mb,

@@ -43,6 +43,9 @@ class AppendFile:
         Whether a running CRC-32 is kept, and the existing bytes are checked against it.
     limit_bytes
         How long it will ever be, if that is known.
+    random_access
+        Whether it is read here and there, so that the system need not read around a missing page:
+        that can be megabytes for a row of kilobytes.
 
     Raises
     ------
@@ -59,6 +62,7 @@ class AppendFile:
         *,
         checksummed: bool = True,
         limit_bytes: int | None = None,
+        random_access: bool = False,
     ) -> None:
         self.path = path
         self.length = 0
@@ -66,6 +70,7 @@ class AppendFile:
         self.crc32 = 0
         self._checksummed = checksummed
         self._limit_bytes = limit_bytes
+        self._random_access = random_access
         self._staged = (0, 0)
         self._reserved = 0
         self._view: NDArray[np.uint8] | None = None
@@ -121,6 +126,8 @@ class AppendFile:
             if size < self._reserved:
                 raise DataLossError(f"{self.path} has {size} bytes, not {self._reserved}")
             mapping = mmap.mmap(self._fd, self._reserved, access=mmap.ACCESS_READ)
+            if self._random_access and hasattr(mmap, "MADV_RANDOM"):
+                mapping.madvise(mmap.MADV_RANDOM)
             self._view = np.frombuffer(mapping, dtype=np.uint8)
         return self._view
 

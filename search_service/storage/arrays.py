@@ -251,7 +251,7 @@ class Arrays:
     def _add_segment(self, segment: int) -> AppendFile:
         name = layout.features_file(self._generation, segment, self._spec.feature_dtype)
         limit_bytes = self.rows_per_segment * layout.feature_bytes(self._spec)
-        file = self._file(name, checksummed=False, limit_bytes=limit_bytes)
+        file = self._file(name, checksummed=False, limit_bytes=limit_bytes, random_access=True)
         self._segments.append(file)
         return file
 

@@ -13,7 +13,7 @@ import pytest
 
 import hashlens
 import search_service
-from search_service.kernels import euclidean, hamming
+from search_service.kernels import euclidean, hamming, sketch
 from tests.support import answers
 
 ROOT = Path(__file__).parents[3]
@@ -142,3 +142,13 @@ def test_the_sum_of_squares_is_not_fused() -> None:
     assembly = euclidean.distances.assembly()
     assert "mulps" in assembly
     assert "fmadd" not in assembly
+
+
+def test_rows_are_asked_for_ahead_and_codes_multiplied_in_pairs() -> None:
+    features = llvmlite.binding.get_host_cpu_features()
+    if not features.get("avx2"):
+        pytest.skip("not an x86 CPU with AVX2")
+    assert "prefetcht1" in euclidean.distances.assembly()
+    assembly = sketch.bounds.assembly()
+    assert "prefetcht1" in assembly
+    assert "vpmaddwd" in assembly or "vpdpwssd" in assembly

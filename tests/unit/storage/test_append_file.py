@@ -153,3 +153,17 @@ assert bytes(file.view()[: file.length]) == b"a" * 1000 + b"c" * 99_000 + b"d" *
 
 def test_a_full_disk_is_an_error_and_no_signal(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", FULL_DISK, tmp_path / "f"], check=True, timeout=60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux about its mappings")
+def test_nothing_is_read_around_what_is_read_here_and_there(tmp_path: Path) -> None:
+    for random_access in (False, True):
+        file = AppendFile(tmp_path / f"x{random_access}", random_access=random_access)
+        file.append(b"abc")
+        file.commit()
+        view = file.view()
+        maps = Path("/proc/self/smaps").read_text().split(str(file.path))[1]
+        flags = next(line for line in maps.splitlines() if line.startswith("VmFlags:"))
+        assert ("rr" in flags.split()) == random_access
+        assert bytes(view[:3]) == b"abc"
+        file.close()
