@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from hashlens.types import (
     Embedding,
     Explanation,
     Hit,
+    PackedHits,
     Rank,
     Receipt,
     ReplyExplanation,
@@ -30,12 +31,30 @@ from hashlens.types import (
 )
 from search_service import coarse, explain, fine, margins
 from search_service.cancel import Cancel
+from search_service.columns import packed_hits
 from search_service.kernels import select
 from search_service.snapshot import Snapshot
 
 
+Deliver = Callable[[int, "SearchResult | Exception"], None]
+"""Takes the position of a query and its answer, as soon as that is there."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Ask:
+    """One query of several."""
+
+    query: Embedding | str
+    """An embedding, or the id of a stored item."""
+    options: SearchOptions
+    cancel: Cancel = field(default_factory=Cancel)
+    meanings: explain.Meanings = explain.Meanings()
+    asked_ns: int = 0
+    """When it began to wait, on the clock of `time.perf_counter_ns`; 0 if it did not."""
+
+
 class Engine:
-    """Searches snapshots, of any collection, one search at a time.
+    """Searches snapshots, of any collection, one search or batch of them at a time.
 
     Calls from several threads take turns. In a process with an `Executor`, search through it: two
     engines entered at once may meet in Numba's threading layer, which not every layer survives.
@@ -93,13 +112,63 @@ class Engine:
             As `cancel` says.
         """
         options = options or SearchOptions()
-        cancel = cancel or Cancel()
-        meanings = meanings or explain.Meanings()
-        check_options(snapshot, options)
-        by_feature = _ranks_by_feature(snapshot, options.rank)
-        check_query(snapshot, query, with_feature=by_feature)
+        ask = Ask(
+            query=query,
+            options=options,
+            cancel=cancel or Cancel(),
+            meanings=meanings or explain.Meanings(),
+        )
+        answers: list[SearchResult | Exception] = []
+        self.search_batch(snapshot, [ask], lambda _, answer: answers.append(answer))
+        answer = answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        if isinstance(answer.hits, PackedHits) and not options.packed:
+            return replace(answer, hits=answer.hits.unpacked())
+        return answer
+
+    def search_batch(self, snapshot: Snapshot, asks: Sequence[Ask], deliver: Deliver) -> None:
+        """Answer several queries, with one pass over the codes for all of them.
+
+        Each answer is what `search` returns or raises for that query alone, but for hits, which are
+        `PackedHits` wherever those can hold them. An error, a flag or a deadline of one query is
+        its own.
+
+        Parameters
+        ----------
+        snapshot
+            What to search.
+        asks
+            The queries.
+        deliver
+            Called once for each, in the order of `asks` but for those that fail early.
+        """
         with self._turn:
-            return self._search(snapshot, query, options, cancel, meanings, by_feature=by_feature)
+            began_ns = time.perf_counter_ns()
+            searches: list[_Search] = []
+            for number, ask in enumerate(asks):
+                try:
+                    searches.append(_Search(snapshot, ask, number))
+                except Exception as error:
+                    deliver(number, error)
+            try:
+                pools = _find_pools(snapshot, searches, self._scratch)
+            except Exception as error:
+                if len(searches) == 1:
+                    deliver(searches[0].number, error)
+                    return
+                # One of them asked for too much. Each alone, so that it meets nobody else.
+                pools = [_pool_or_error(snapshot, search, self._scratch) for search in searches]
+            coarse_ns = time.perf_counter_ns() - began_ns
+            for search, pool in zip(searches, pools, strict=True):
+                try:
+                    if isinstance(pool, Exception):
+                        raise pool
+                    answer = search.answer(pool, began_ns, coarse_ns, len(searches))
+                except Exception as error:
+                    deliver(search.number, error)
+                else:
+                    deliver(search.number, answer)
 
     def warm_up(self) -> None:
         """Compile the kernels and start their threads, by searching a tiny snapshot."""
@@ -111,35 +180,45 @@ class Engine:
         sure = replace(stored, activations=np.zeros(8, dtype=np.float32))
         self.search(snapshot, sure, SearchOptions(rank=Rank.HAMMING))
 
-    def _search(
-        self,
-        snapshot: Snapshot,
-        query: Embedding,
-        options: SearchOptions,
-        cancel: Cancel,
-        meanings: explain.Meanings,
-        *,
-        by_feature: bool,
-    ) -> SearchResult:
-        began_ns = time.perf_counter_ns()
-        words = codes.as_words(_packed(query))[:, 0]
-        weights = margins.weights_of(query, options)
-        pool = coarse.find_pool(
-            snapshot,
-            words,
-            radius_bits=options.max_hamming_bits,
-            n_wanted=max(options.k, options.min_pool),
-            max_rows=options.max_pool if by_feature else None,
-            scratch=self._scratch,
-            cancel=cancel,
-            weights=weights,
-        )
-        coarse_ns = time.perf_counter_ns() - began_ns
 
+class _Search:
+    """One query of a batch, checked.
+
+    Raises
+    ------
+    HashlensError
+        See `Engine.search`.
+    """
+
+    __slots__ = ("ask", "by_feature", "number", "query", "snapshot", "weights", "words")
+
+    def __init__(self, snapshot: Snapshot, ask: Ask, number: int) -> None:
+        self.snapshot, self.ask, self.number = snapshot, ask, number
+        options, query = ask.options, ask.query
+        ask.cancel.check()
+        check_options(snapshot, options)
+        self.by_feature = _ranks_by_feature(snapshot, options.rank)
+        self.query = embedding_of(snapshot, query) if isinstance(query, str) else query
+        check_query(snapshot, self.query, with_feature=self.by_feature)
+        self.words = codes.as_words(_packed(self.query))[:, 0]
+        self.weights = margins.weights_of(self.query, options)
+
+    def answer(
+        self, pool: coarse.Pool, began_ns: int, coarse_ns: int, n_queries: int
+    ) -> SearchResult:
+        """Rank a pool and fetch what the hits show."""
+        own_ns = time.perf_counter_ns()
+        snapshot, query, options, cancel = (
+            self.snapshot,
+            self.query,
+            self.ask.options,
+            self.ask.cancel,
+        )
+        cancel.check()
         rows, hamming_bits = pool.rows, pool.hamming_bits
         n_unranked = 0
         distances: NDArray[np.float32] | None = None
-        if by_feature:
+        if self.by_feature:
             has_feature = fine.with_feature(snapshot, rows)
             if has_feature is not None:
                 rows, hamming_bits = rows[has_feature], hamming_bits[has_feature]
@@ -147,32 +226,37 @@ class Engine:
             vector = np.ascontiguousarray(query.feature, dtype=np.float32)
             distances = fine.distances_to(snapshot, rows, vector, cancel)
             keys = select.euclidean_keys(distances, hamming_bits)
-        elif weights is not None:
+        elif self.weights is not None:
             near = pool.hamming_bits <= pool.radius_of(options.k)
             rows, hamming_bits = rows[near], hamming_bits[near]
-            asymmetric = margins.distances_to(snapshot, rows, words, weights, cancel)
+            asymmetric = margins.distances_to(snapshot, rows, self.words, self.weights, cancel)
             keys = select.hamming_keys(hamming_bits, asymmetric)
         else:
             keys = hamming_bits.astype(np.uint64)
-        chosen, ids = select.k_smallest(keys, options.k, lambda i: snapshot.ids_of(rows[i]))
+        ids = snapshot.ids.id_texts()
+        chosen = np.empty(min(options.k, rows.shape[0]), dtype=np.int64)
+        select.nearest(keys, rows, ids.data, ids.ends, chosen)
         cancel.check()
-        ranked_ns = time.perf_counter_ns() - began_ns
+        ranked_ns = time.perf_counter_ns()
 
-        hits = _hits(
+        rows = rows[chosen]
+        hits = packed_hits(
             snapshot,
-            query,
-            options,
-            rows=rows[chosen],
-            ids=ids,
-            hamming_bits=hamming_bits[chosen],
-            distances=None if distances is None else distances[chosen],
-            meanings=meanings,
-            cancel=cancel,
+            rows,
+            hamming_bits[chosen],
+            None if distances is None else distances[chosen],
+            with_payload=options.with_payload,
+            with_code=options.with_code,
         )
         explanation: ReplyExplanation | None = None
         if options.with_explanation:
-            explanation = explain.explain_query(query, meanings)
-        total_ns = time.perf_counter_ns() - began_ns
+            explanation = explain.explain_query(query, self.ask.meanings)
+        shown: Sequence[Hit] = hits
+        if options.with_feature or options.with_explanation:
+            shown = self._enriched(hits, rows)
+        ended_ns = time.perf_counter_ns()
+        fine_ns = ranked_ns - own_ns
+        asked_ns = self.ask.asked_ns
         receipt = Receipt(
             rows_scanned=snapshot.n_alive,
             threshold_bits=pool.threshold_bits,
@@ -183,15 +267,73 @@ class Engine:
             exact=not pool.truncated and n_unranked == 0,
             version=snapshot.version,
             timings=StageTimings(
+                # What its neighbours took in between is waiting, too.
+                queue_ns=own_ns - asked_ns - coarse_ns if asked_ns else 0,
                 # With the fine stage off, selection is all that is left of it.
-                coarse_ns=coarse_ns if by_feature else ranked_ns,
-                fine_ns=ranked_ns - coarse_ns if by_feature else 0,
-                fetch_ns=total_ns - ranked_ns,
-                total_ns=total_ns,
+                coarse_ns=coarse_ns if self.by_feature else coarse_ns + fine_ns,
+                fine_ns=fine_ns if self.by_feature else 0,
+                fetch_ns=ended_ns - ranked_ns,
+                total_ns=ended_ns - own_ns + coarse_ns,
+                batch_queries=n_queries,
             ),
-            margins_used=weights is not None and (pool.truncated or not by_feature),
+            margins_used=self.weights is not None and (pool.truncated or not self.by_feature),
         )
-        return SearchResult(hits, receipt, explanation)
+        return SearchResult(shown, receipt, explanation)
+
+    def _enriched(self, hits: PackedHits, rows: NDArray[np.int64]) -> tuple[Hit, ...]:
+        """Return hits with the features and explanations that were asked for."""
+        snapshot, ask = self.snapshot, self.ask
+        explanations: Sequence[Explanation | None] = [None] * len(hits)
+        if ask.options.with_explanation:
+            packed = snapshot.codes_of(rows)
+            explanations = explain.explain_hits(self.query, packed, ask.meanings, ask.cancel)
+        with_feature = ask.options.with_feature
+        return tuple(
+            replace(
+                hit,
+                feature=snapshot.feature_of(row) if with_feature else None,
+                explanation=explanation,
+            )
+            for hit, row, explanation in zip(
+                hits.unpacked(), rows.tolist(), explanations, strict=True
+            )
+        )
+
+
+def _find_pools(
+    snapshot: Snapshot, searches: Sequence[_Search], scratch: coarse.Scratch
+) -> Sequence[coarse.Pool | Exception]:
+    """Find the pool of each query.
+
+    The one place that calls the coarse stage: a stage that reads the codes once for all queries
+    goes here, with a cancel that is up when all of theirs are.
+    """
+    if len(searches) == 1:
+        return [_find_pool(snapshot, searches[0], scratch)]
+    return [_pool_or_error(snapshot, search, scratch) for search in searches]
+
+
+def _pool_or_error(
+    snapshot: Snapshot, search: _Search, scratch: coarse.Scratch
+) -> coarse.Pool | Exception:
+    try:
+        return _find_pool(snapshot, search, scratch)
+    except Exception as error:
+        return error
+
+
+def _find_pool(snapshot: Snapshot, search: _Search, scratch: coarse.Scratch) -> coarse.Pool:
+    options = search.ask.options
+    return coarse.find_pool(
+        snapshot,
+        search.words,
+        radius_bits=options.max_hamming_bits,
+        n_wanted=max(options.k, options.min_pool),
+        max_rows=options.max_pool if search.by_feature else None,
+        scratch=scratch,
+        cancel=search.ask.cancel,
+        weights=search.weights,
+    )
 
 
 def embedding_of(snapshot: Snapshot, item_id: str) -> Embedding:
@@ -251,6 +393,11 @@ def check_options(snapshot: Snapshot, options: SearchOptions) -> None:
             f"max_pool is {options.max_pool}, less than k. Give at least {options.k}, or leave it "
             "out.",
             field="options.max_pool",
+        )
+    if options.packed and (options.with_feature or options.with_explanation):
+        raise InvalidInputError(
+            "Packed hits carry no features and no explanations. Leave one of them out.",
+            field="options.packed",
         )
     if options.rank is Rank.EUCLIDEAN and snapshot.dim == 0:
         raise InvalidInputError(
@@ -324,42 +471,3 @@ def _ranks_by_feature(snapshot: Snapshot, rank: Rank) -> bool:
 
 def _packed(query: Embedding) -> NDArray[np.uint8]:
     return np.frombuffer(query.code, dtype=np.uint8)[np.newaxis]
-
-
-def _hits(
-    snapshot: Snapshot,
-    query: Embedding,
-    options: SearchOptions,
-    *,
-    rows: NDArray[np.int64],
-    ids: list[str],
-    hamming_bits: NDArray[np.uint16],
-    distances: NDArray[np.float32] | None,
-    meanings: explain.Meanings,
-    cancel: Cancel,
-) -> tuple[Hit, ...]:
-    n = len(ids)
-    needs_codes = options.with_code or options.with_explanation
-    packed = snapshot.codes_of(rows) if needs_codes else None
-    payloads = snapshot.payloads_of(rows) if options.with_payload else [b""] * n
-    explanations: Sequence[Explanation | None] = [None] * n
-    if packed is not None and options.with_explanation:
-        explanations = explain.explain_hits(query, packed, meanings, cancel)
-    return tuple(
-        Hit(
-            id=ids[i],
-            hamming_bits=bits,
-            distance=distance,
-            payload=payloads[i],
-            code=packed[i].tobytes() if packed is not None and options.with_code else None,
-            feature=snapshot.feature_of(int(rows[i])) if options.with_feature else None,
-            explanation=explanations[i],
-        )
-        for i, (bits, distance) in enumerate(
-            zip(
-                hamming_bits.tolist(),
-                [None] * n if distances is None else distances.tolist(),
-                strict=True,
-            )
-        )
-    )

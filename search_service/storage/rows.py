@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from search_service.snapshot import read_only
+from search_service.snapshot import Texts, read_only
 
 
 @dataclass(slots=True)
@@ -81,8 +81,18 @@ class RowsAt:
     dead: NDArray[np.uint8] | None
     records: NDArray[Any]
     """`layout.ROW`, shape ``[rows]``, mapped."""
+    id_bytes: NDArray[np.uint8]
+    """All ids, mapped."""
     payloads: NDArray[np.uint8]
     """All payloads, mapped."""
+
+    def id_texts(self) -> Texts:
+        """Return the ids of all rows as UTF-8, views."""
+        return Texts(self.id_bytes, self.records["id_end"])
+
+    def payload_texts(self) -> Texts:
+        """Return the payloads of all rows, views."""
+        return Texts(self.payloads, self.records["payload_end"])
 
     def ids_of(self, rows: NDArray[np.int64]) -> list[str]:
         """Return the ids of rows, in the order of `rows`; int64, shape ``[n]``."""
