@@ -371,7 +371,7 @@ class PackedHits(Sequence[Hit]):
             _check_ends(self.payload_ends, len(self.payload_bytes))
 
     def __len__(self) -> int:
-        return self.hamming_bits.shape[0]
+        return len(self.hamming_bits)
 
     @overload
     def __getitem__(self, index: int) -> Hit: ...

@@ -35,7 +35,6 @@ from search_service.columns import packed_hits
 from search_service.kernels import select
 from search_service.snapshot import Snapshot
 
-
 Deliver = Callable[[int, "SearchResult | Exception"], None]
 """Takes the position of a query and its answer, as soon as that is there."""
 

@@ -33,7 +33,7 @@ from hashlens.types import (
 from hashlens.v1 import search_service_pb2 as spb
 from hashlens.v1 import search_service_pb2_grpc as spb_grpc
 from search_service import checks, writes
-from search_service.answers import Answerer
+from search_service.answers import Answerer, together
 from search_service.ball_stream import Ball, BallStreamer
 from search_service.config import SearchConfig
 from search_service.engine import Engine, embedding_of
@@ -74,6 +74,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         self._stack = AsyncExitStack()
         self._threads = ThreadPoolExecutor(config.n_store_threads, thread_name_prefix="store")
         self._engine = Engine()
+        self._together = together(self._engine)
         self._opening: asyncio.Future[Store] | None = None
         self._store: Store
         self._executor: Executor
@@ -249,7 +250,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         self._check_fits(1, snapshot, options)
         answerer = self._answerer(collection, snapshot, options, ends_s)
         result = await answerer.answer(query, await answerer.meanings(), field="query")
-        reply = await _to_proto(result, spec.n_bits)
+        reply = await _to_proto(result, spec.n_bits, packed=options.packed)
         reply.receipt.timings.wait_version_ns = wait_ns
         reply.receipt.timings.total_ns = time.monotonic_ns() - started_ns
         check_size(reply.ByteSize(), self._config.max_message_bytes, _ADVICE)
@@ -283,7 +284,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
                 result = await answerer.answer(query, meanings, field=field)
             except HashlensError as error:
                 return spb.SearchBatchResult(error=status_of(error))
-            reply = await _to_proto(result, collection.spec.n_bits)
+            reply = await _to_proto(result, collection.spec.n_bits, packed=options.packed)
             reply.receipt.timings.wait_version_ns = wait_ns
             reply.receipt.timings.total_ns = time.monotonic_ns() - started_ns
             return spb.SearchBatchResult(answer=reply)
@@ -377,8 +378,8 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         self, collection: Collection, snapshot: Snapshot, options: SearchOptions, ends_s: float
     ) -> Answerer:
         return Answerer(
-            engine=self._engine,
             executor=self._executor,
+            together=self._together,
             images=self._images,
             collection=collection,
             snapshot=snapshot,
@@ -412,7 +413,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         return encoded.embedding.code
 
 
-async def _to_proto(result: SearchResult, n_bits: int) -> spb.SearchResponse:
-    if len(result.hits) <= _HITS_AT_ONCE:
-        return convert.result_to_proto(result, n_bits)
+async def _to_proto(result: SearchResult, n_bits: int, *, packed: bool) -> spb.SearchResponse:
+    if packed or len(result.hits) <= _HITS_AT_ONCE:
+        return convert.result_to_proto(result, n_bits, packed=packed)
     return await asyncio.to_thread(convert.result_to_proto, result, n_bits)

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import grpc
 import numpy as np
@@ -17,8 +18,10 @@ import numpy as np
 from hashlens.rpc import limits
 
 _DEADLINE_S = 20.0
-_DRAIN_S = 10.0
-"""Longest for calls to come back once the time is over."""
+_YIELD_CALLS = 8
+"""Who is late with its calls sends so many before it looks for replies."""
+
+_Call: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,9 +65,65 @@ def run(load: Load) -> Loaded:
 
 
 async def _run(load: Load) -> Loaded:
-    options = limits.channel_options()
-    async with grpc.aio.insecure_channel(load.target, options) as channel:
-        call = channel.unary_unary(load.method)
+    async with grpc.aio.insecure_channel(load.target, limits.channel_options()) as channel:
+        call: _Call = channel.unary_unary(load.method)
         await call(load.requests[0], timeout=_DEADLINE_S)
-        drive = _open if load.calls_per_s else _closed
-        return await drive(load, call)
+        return await (_open_loop if load.calls_per_s else _closed_loop)(load, call)
+
+
+class _Tally:
+    """Latencies of the calls that were due after the warm-up."""
+
+    def __init__(self, load: Load) -> None:
+        self.begins_s = time.perf_counter() + load.warmup_s
+        self.ends_s = self.begins_s + load.seconds
+        self.latencies_ms: list[float] = []
+        self.n_failed = 0
+        self.last_s = self.begins_s
+
+    async def send(self, call: _Call, request: bytes, due_s: float) -> None:
+        try:
+            await call(request, timeout=_DEADLINE_S)
+        except grpc.aio.AioRpcError:
+            self.n_failed += due_s >= self.begins_s
+            return
+        now_s = time.perf_counter()
+        if due_s >= self.begins_s:
+            self.latencies_ms.append((now_s - due_s) * 1e3)
+            self.last_s = now_s
+
+    def loaded(self) -> Loaded:
+        spent_s = max(self.last_s, self.ends_s) - self.begins_s
+        return Loaded(len(self.latencies_ms) / spent_s, tuple(self.latencies_ms), self.n_failed)
+
+
+async def _closed_loop(load: Load, call: _Call) -> Loaded:
+    tally = _Tally(load)
+
+    async def caller(number: int) -> None:
+        while (now_s := time.perf_counter()) < tally.ends_s:
+            await tally.send(call, load.requests[number % len(load.requests)], now_s)
+            number += load.in_flight
+
+    await asyncio.gather(*map(caller, range(load.in_flight)))
+    return tally.loaded()
+
+
+async def _open_loop(load: Load, call: _Call) -> Loaded:
+    tally = _Tally(load)
+    first_s, number = time.perf_counter(), 0
+    running: set[asyncio.Task[None]] = set()
+    while (due_s := first_s + number / load.calls_per_s) < tally.ends_s:
+        ahead_s = due_s - time.perf_counter()
+        if ahead_s > 0:
+            await asyncio.sleep(ahead_s)
+        elif number % _YIELD_CALLS == 0:
+            await asyncio.sleep(0)
+        request = load.requests[number % len(load.requests)]
+        task = asyncio.create_task(tally.send(call, request, due_s))
+        running.add(task)
+        task.add_done_callback(running.discard)
+        number += 1
+    if running:
+        await asyncio.wait(running)
+    return tally.loaded()

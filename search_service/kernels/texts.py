@@ -34,7 +34,7 @@ def measure(ends, rows, taken_ends):  # type: ignore[no-untyped-def]
     int
         The sum of their lengths.
     """
-    total = 0
+    total = np.int64(0)
     for i in range(rows.shape[0]):
         row = rows[i]
         total += np.int64(ends[row]) - (np.int64(ends[row - 1]) if row > 0 else 0)
