@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from hashlens.types import EncodeTimings, Query, SearchOptions, SearchResult
 from search_service import margins
-from search_service.engine import Ask, Engine
+from search_service.engine import Ask, Engine, is_tiny
 from search_service.executor import Deliver, Executor, Together, Waiting
 from search_service.explain import Meanings
 from search_service.images import ImageEncoder
@@ -30,6 +30,8 @@ class Answerer:
     snapshot: Snapshot
     """What all of them search: of that collection, as new as was asked for."""
     options: SearchOptions
+    is_alone: bool
+    """Whether the call has one query."""
     ends_s: float
     """When the call must be answered, on the clock of `time.monotonic`."""
 
@@ -80,7 +82,11 @@ class Answerer:
         )
         deadline_s = self.ends_s - time.monotonic()
         result: SearchResult = await self.executor.run_together(
-            self.together, snapshot, ask, deadline_s=deadline_s
+            self.together,
+            snapshot,
+            ask,
+            deadline_s=deadline_s,
+            is_tiny=self.is_alone and is_tiny(snapshot, options),
         )
         # What a replica that has lost its place still has is not known to be all there is.
         if call_ns == 0 and not self.collection.is_lost:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -50,6 +52,27 @@ class Ask:
     meanings: explain.Meanings = explain.Meanings()
     asked_ns: int = 0
     """When it began to wait, on the clock of `time.perf_counter_ns`; 0 if it did not."""
+
+
+_BYTES_PER_THREAD = 1 << 20
+"""Read by a kernel for each thread that it uses: waking one for less costs more than it saves, and
+where the cores are busy, waiting for it costs much more."""
+
+_TINY_CODE_BYTES = 1 << 21
+_TINY_FEATURE_BYTES = 1 << 25
+_TINY_K = 1000
+
+
+def is_tiny(snapshot: Snapshot, options: SearchOptions) -> bool:
+    """Tell whether a search takes a few hundred microseconds, whatever its pool, and one thread."""
+    feature_bytes = snapshot.rows * snapshot.dim * snapshot.feature_dtype.n_bytes
+    return (
+        8 * snapshot.rows * len(snapshot.words) <= _TINY_CODE_BYTES
+        and feature_bytes <= _TINY_FEATURE_BYTES
+        and options.k <= _TINY_K
+        and not options.with_feature
+        and not options.with_explanation
+    )
 
 
 class Engine:
@@ -223,7 +246,8 @@ class _Search:
                 rows, hamming_bits = rows[has_feature], hamming_bits[has_feature]
                 n_unranked = pool.rows.shape[0] - rows.shape[0]
             vector = np.ascontiguousarray(query.feature, dtype=np.float32)
-            distances = fine.distances_to(snapshot, rows, vector, cancel)
+            with _threads_for(rows.shape[0] * snapshot.dim * snapshot.feature_dtype.n_bytes):
+                distances = fine.distances_to(snapshot, rows, vector, cancel)
             keys = select.euclidean_keys(distances, hamming_bits)
         elif self.weights is not None:
             near = pool.hamming_bits <= pool.radius_of(options.k)
@@ -307,6 +331,14 @@ def _find_pools(
     The one place that calls the coarse stage: a stage that reads the codes once for all queries
     goes here, with a cancel that is up when all of theirs are.
     """
+    n_bytes = 8 * snapshot.rows * len(snapshot.words)
+    with _threads_for(n_bytes):
+        return _pools(snapshot, searches, scratch)
+
+
+def _pools(
+    snapshot: Snapshot, searches: Sequence[_Search], scratch: coarse.Scratch
+) -> Sequence[coarse.Pool | Exception]:
     if len(searches) == 1:
         return [_find_pool(snapshot, searches[0], scratch)]
     return [_pool_or_error(snapshot, search, scratch) for search in searches]
@@ -333,6 +365,21 @@ def _find_pool(snapshot: Snapshot, search: _Search, scratch: coarse.Scratch) -> 
         cancel=search.ask.cancel,
         weights=search.weights,
     )
+
+
+@contextmanager
+def _threads_for(n_bytes: int) -> Iterator[None]:
+    """Let kernels use as many threads as it takes to read so much, up to as many as they have."""
+    most = numba.get_num_threads()
+    n_threads = min(most, 1 + n_bytes // _BYTES_PER_THREAD)
+    if n_threads == most:
+        yield
+        return
+    numba.set_num_threads(n_threads)
+    try:
+        yield
+    finally:
+        numba.set_num_threads(most)
 
 
 def embedding_of(snapshot: Snapshot, item_id: str) -> Embedding:

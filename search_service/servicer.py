@@ -274,7 +274,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         snapshot = await self._reached(collection, options.min_version, ends_s)
         wait_ns = time.monotonic_ns() - started_ns
         self._check_fits(n, snapshot, options)
-        answerer = self._answerer(collection, snapshot, options, ends_s)
+        answerer = self._answerer(collection, snapshot, options, ends_s, n_queries=n)
         meanings = await answerer.meanings()
 
         async def answer(i: int, message: spb.Query) -> spb.SearchBatchResult:
@@ -375,7 +375,13 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         )
 
     def _answerer(
-        self, collection: Collection, snapshot: Snapshot, options: SearchOptions, ends_s: float
+        self,
+        collection: Collection,
+        snapshot: Snapshot,
+        options: SearchOptions,
+        ends_s: float,
+        *,
+        n_queries: int = 1,
     ) -> Answerer:
         return Answerer(
             executor=self._executor,
@@ -384,6 +390,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
             collection=collection,
             snapshot=snapshot,
             options=options,
+            is_alone=n_queries == 1,
             ends_s=ends_s,
         )
 
