@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import grpc
@@ -28,9 +28,9 @@ _Call: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
 class Load:
     """What to send, and how."""
 
-    target: str
     method: str
     """Full name, such as ``/package.Service/Method``."""
+    target: str = ""
     requests: Sequence[bytes]
     """Sent in turn, again from the first after the last."""
     seconds: float
@@ -40,6 +40,10 @@ class Load:
     """Closed loop: so many callers, each sends its next call when it has the last one's reply."""
     calls_per_s: float = 0.0
     """Open loop, where above 0: calls are due at this rate, whatever has come back."""
+
+    def to(self, target: str) -> Load:
+        """Return the same for another server."""
+        return replace(self, target=target)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,8 @@ class Loaded:
     """Of the calls that succeeded. In an open loop from when a call was due, not from when it could
     be sent: a server that stalls is not spared the calls that it kept from being sent."""
     n_failed: int
+    n_sent: int
+    """All calls, those of the warm-up and the failed ones too."""
 
     def percentile_ms(self, percent: float) -> float:
         """Return a latency that `percent` of the calls did not exceed."""
@@ -79,9 +85,11 @@ class _Tally:
         self.ends_s = self.begins_s + load.seconds
         self.latencies_ms: list[float] = []
         self.n_failed = 0
+        self.n_sent = 0
         self.last_s = self.begins_s
 
     async def send(self, call: _Call, request: bytes, due_s: float) -> None:
+        self.n_sent += 1
         try:
             await call(request, timeout=_DEADLINE_S)
         except grpc.aio.AioRpcError:
@@ -94,7 +102,12 @@ class _Tally:
 
     def loaded(self) -> Loaded:
         spent_s = max(self.last_s, self.ends_s) - self.begins_s
-        return Loaded(len(self.latencies_ms) / spent_s, tuple(self.latencies_ms), self.n_failed)
+        return Loaded(
+            len(self.latencies_ms) / spent_s,
+            tuple(self.latencies_ms),
+            self.n_failed,
+            self.n_sent,
+        )
 
 
 async def _closed_loop(load: Load, call: _Call) -> Loaded:
