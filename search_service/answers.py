@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
-from hashlens.types import EncodeTimings, Query, SearchOptions, SearchResult
+from hashlens.types import Embedding, EncodeTimings, Query, SearchOptions, SearchResult
 from search_service import margins
 from search_service.engine import Ask, Engine, is_tiny
 from search_service.executor import Deliver, Executor, Together, Waiting
@@ -17,13 +18,16 @@ from search_service.storage.collection import Collection
 
 _NO_MEANINGS = Meanings()
 
+Asked: TypeAlias = tuple[Embedding | str, SearchOptions, Meanings]
+"""An embedding or the id of a stored item, how to look for it, and what the codes mean."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Answerer:
     """Answers the queries of one call."""
 
     executor: Executor
-    together: Together[Ask]
+    together: Together[Asked]
     """Of `together`; queries with the same one may be answered together."""
     images: ImageEncoder
     collection: Collection
@@ -74,17 +78,13 @@ class Answerer:
             encode, call_ns = encoded.timings, time.monotonic_ns() - asked_ns
             embedding = encoded.embedding
 
-        ask = Ask(
-            # The executor's thread reads a stored embedding: that may have to wait for a disk.
-            query=(query.id or "") if embedding is None else embedding,
-            options=options,
-            meanings=meanings or _NO_MEANINGS,
-        )
+        # The executor's thread reads a stored embedding: that may have to wait for a disk.
+        asked = (query.id or "") if embedding is None else embedding
         deadline_s = self.ends_s - time.monotonic()
         result: SearchResult = await self.executor.run_together(
             self.together,
             snapshot,
-            ask,
+            (asked, options, meanings or _NO_MEANINGS),
             deadline_s=deadline_s,
             is_tiny=self.is_alone and is_tiny(snapshot, options),
         )
@@ -97,11 +97,22 @@ class Answerer:
         return replace(result, receipt=replace(receipt, timings=timings, exact=exact))
 
 
-def together(engine: Engine) -> Together[Ask]:
+def together(engine: Engine) -> Together[Asked]:
     """Return what the executor does with the queries that wait for one snapshot."""
 
-    def work(snapshot: Snapshot, waiting: Sequence[Waiting[Ask]], deliver: Deliver) -> None:
-        asks = [replace(one.item, cancel=one.cancel, asked_ns=one.queued_ns) for one in waiting]
+    def work(snapshot: Snapshot, waiting: Sequence[Waiting[Asked]], deliver: Deliver) -> None:
+        asks = []
+        for one in waiting:
+            query, options, meanings = one.item
+            asks.append(
+                Ask(
+                    query=query,
+                    options=options,
+                    cancel=one.cancel,
+                    meanings=meanings,
+                    asked_ns=one.queued_ns,
+                )
+            )
         engine.search_batch(snapshot, asks, deliver)
 
     return work
