@@ -310,8 +310,12 @@ def _applied(
     before_s = _cpu_s(server.pid)
     loaded = pool.submit(load.run, wanted.to(server.address)).result()
     spent_s = _cpu_s(server.pid) - before_s
-    if loaded.n_failed or not loaded.latencies_ms:
+    if loaded.n_failed:
         raise WrongAnswerError(f"{loaded.n_failed} calls of {wanted.method} failed")
+    if not loaded.latencies_ms:
+        raise PreconditionError(
+            f"no call came back within {wanted.seconds:g} s: measure for longer, or ask less often"
+        )
     return loaded, spent_s / loaded.n_sent * 1e6
 
 

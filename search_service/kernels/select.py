@@ -191,9 +191,10 @@ def _sort_by_id(rows, data, ends, places, runs):  # type: ignore[no-untyped-def]
         numbers = np.empty(part.shape[0], dtype=np.uint64)
         for i in range(part.shape[0]):
             numbers[i] = _round(data, ends, rows[part[i]], depth)
-        order = np.argsort(numbers, kind="mergesort")
-        part[:] = part[order]
-        numbers = numbers[order]
+        if numbers.min() != numbers.max():  # else they begin alike, as ids often do
+            order = np.argsort(numbers, kind="mergesort")
+            part[:] = part[order]
+            numbers = numbers[order]
         first = 0
         for i in range(1, part.shape[0] + 1):
             if i == part.shape[0] or numbers[i] != numbers[first]:
