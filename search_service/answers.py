@@ -10,9 +10,10 @@ from typing import TypeAlias
 from hashlens.types import Embedding, EncodeTimings, Query, SearchOptions, SearchResult
 from search_service import margins
 from search_service.engine import Ask, Engine, is_tiny
-from search_service.executor import Deliver, Executor, Together, Waiting
+from search_service.executor import Executor
 from search_service.explain import Meanings
 from search_service.images import ImageEncoder
+from search_service.jobs import Deliver, Together, Waiting
 from search_service.snapshot import Snapshot
 from search_service.storage.collection import Collection
 

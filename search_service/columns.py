@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hashlens.errors import InvalidInputError
-from hashlens.types import PackedHits
+from hashlens.packed import PackedHits
 from search_service.kernels import texts
 from search_service.snapshot import Snapshot, Texts
 

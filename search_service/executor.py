@@ -9,15 +9,13 @@ own thread may enter, with one thread of Numba's; see `Executor.run_together`.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import numba
 from numba.np.ufunc.parallel import threading_layer
@@ -25,6 +23,7 @@ from numba.np.ufunc.parallel import threading_layer
 from hashlens.cpus import usable_cpus
 from hashlens.errors import CancelledError, DeadlineError, OverloadedError, UnavailableError
 from search_service.cancel import Cancel
+from search_service.jobs import Job, Outcome, Settlements, Together, Waiting
 
 T = TypeVar("T")
 A = TypeVar("A")
@@ -37,108 +36,8 @@ _START_S = 60.0
 _MAX_BATCH = 64
 """Most jobs that are taken together."""
 
-_HOLD_NS = 300_000
-"""Results of a batch travel to the event loop together, unless that keeps one longer than this."""
-
 _LATE = "The deadline passed before the work was done. Allow more time or ask less."
 _CLOSED = "The server is shutting down. Try another replica."
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome(Generic[T]):
-    """What work returned, and how long it waited to start."""
-
-    value: T
-    queue_ns: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Waiting(Generic[A]):
-    """One of the jobs that are done together."""
-
-    item: A
-    cancel: Cancel
-    queued_ns: int
-    """On the clock of `time.perf_counter_ns`."""
-
-
-Deliver = Callable[[int, Any], None]
-"""Takes the position of a job and its result, which is an `Exception` where it failed."""
-
-Together = Callable[[Any, Sequence[Waiting[A]], Deliver], None]
-"""Does the jobs of one key together, and delivers the result of each."""
-
-
-class _Job:
-    """Work, who waits for it, and what becomes of it."""
-
-    __slots__ = ("cancel", "future", "item", "key", "loop", "queued_ns", "work")
-
-    def __init__(
-        self,
-        work: Callable[..., Any],
-        deadline_s: float | None,
-        *,
-        key: object = None,
-        item: Any = None,
-        loop: asyncio.AbstractEventLoop | None = None,
-    ) -> None:
-        self.work = work
-        self.key = key
-        self.item = item
-        self.cancel = Cancel(deadline_s)
-        self.queued_ns = time.perf_counter_ns()
-        self.loop = loop
-        """Where a task awaits the future; None: a thread waits for it."""
-        self.future: Any = Future() if loop is None else loop.create_future()
-
-    @property
-    def is_wanted(self) -> bool:
-        return not (self.cancel.is_set or self.cancel.is_late)
-
-    def goes_with(self, other: _Job) -> bool:
-        return self.key is not None and self.key is other.key and self.work == other.work
-
-    def settle(self, result: Any) -> None:
-        """Give the result to the future; for a task's, call it in its event loop."""
-        if self.future.done():
-            return
-        if isinstance(result, BaseException):
-            self.future.set_exception(result)
-        else:
-            self.future.set_result(result)
-
-
-class _Settlements:
-    """Results on their way to who waits for them: to an event loop, many at once."""
-
-    def __init__(self) -> None:
-        self._held: list[tuple[_Job, Any]] = []
-        self._since_ns = 0
-
-    def add(self, job: _Job, result: Any) -> None:
-        if job.loop is None:
-            job.settle(result)
-            return
-        now_ns = time.perf_counter_ns()
-        if not self._held:
-            self._since_ns = now_ns
-        self._held.append((job, result))
-        if now_ns - self._since_ns > _HOLD_NS:
-            self.send()
-
-    def send(self) -> None:
-        held, self._held = self._held, []
-        for loop in {job.loop for job, _ in held}:
-            assert loop is not None
-            mine = [(job, result) for job, result in held if job.loop is loop]
-            with contextlib.suppress(RuntimeError):  # The loop is closed: nobody waits.
-                loop.call_soon_threadsafe(_settle_all, mine)
-
-
-def _settle_all(settled: Sequence[tuple[_Job, Any]]) -> None:
-    for job, result in settled:
-        job.settle(result)
 
 
 class Executor:
@@ -164,12 +63,12 @@ class Executor:
 
     def __init__(self, *, n_threads: int = 0, max_queue: int = 256) -> None:
         self._max_queue = max_queue
-        self._queue: deque[_Job] = deque()
+        self._queue: deque[Job] = deque()
         self._changed = threading.Condition()
         self._inside = threading.Lock()
         """Held by who is in the kernels."""
-        self._running: Sequence[_Job] = ()
-        self._settlements = _Settlements()
+        self._running: Sequence[Job] = ()
+        self._settlements = Settlements()
         self._is_closed = False
         self._mean_s = 0.01  # of a job, a moving average; only advises when to come back
         started: Future[None] = Future()
@@ -219,7 +118,7 @@ class Executor:
             Whatever `work` raises.
         """
         outcome: Outcome[T] = await self._awaited(
-            _Job(work, deadline_s, loop=asyncio.get_running_loop()), deadline_s
+            Job(work, deadline_s, loop=asyncio.get_running_loop()), deadline_s
         )
         return outcome
 
@@ -264,10 +163,10 @@ class Executor:
             finally:
                 self._inside.release()
         loop = asyncio.get_running_loop()
-        job = _Job(work, deadline_s, key=key, item=item, loop=loop)
+        job = Job(work, deadline_s, key=key, item=item, loop=loop)
         return await self._awaited(job, deadline_s)
 
-    async def _awaited(self, job: _Job, deadline_s: float | None) -> Any:
+    async def _awaited(self, job: Job, deadline_s: float | None) -> Any:
         """Wait for a job; a timer of our own costs a third of `asyncio.timeout`."""
         self._submit(job)
         timer = None
@@ -285,7 +184,7 @@ class Executor:
         self, work: Callable[[Cancel], T], *, deadline_s: float | None = None
     ) -> Outcome[T]:
         """Do as `run`, from a thread instead of a task."""
-        job = _Job(work, deadline_s)
+        job = Job(work, deadline_s)
         future: Future[Outcome[T]] = job.future
         self._submit(job)
         try:
@@ -313,7 +212,7 @@ class Executor:
             for job in self._running:
                 job.cancel.set()
             self._changed.notify_all()
-        refused = _Settlements()
+        refused = Settlements()
         for job in waiting:
             refused.add(job, UnavailableError(_CLOSED))
         refused.send()
@@ -321,7 +220,7 @@ class Executor:
         if self._thread.is_alive():
             logger.warning("kernels: work still running after %.1f s", timeout_s)
 
-    def _submit(self, job: _Job) -> None:
+    def _submit(self, job: Job) -> None:
         with self._changed:
             if self._is_closed:
                 raise UnavailableError(_CLOSED)
@@ -337,7 +236,7 @@ class Executor:
                 self._changed.notify()
 
     def _drop_unwanted(self) -> None:
-        refused = _Settlements()
+        refused = Settlements()
         for job in list(self._queue):
             if not job.is_wanted:
                 self._queue.remove(job)
@@ -367,7 +266,7 @@ class Executor:
                     self._perform(wanted)
             self._settlements.send()
 
-    def _next(self) -> Sequence[_Job]:
+    def _next(self) -> Sequence[Job]:
         """Return the first job and those that go with it; none when closed."""
         with self._changed:
             self._running = ()
@@ -378,7 +277,7 @@ class Executor:
             first = self._queue.popleft()
             jobs = [first]
             if first.key is not None and self._queue:
-                others: deque[_Job] = deque()
+                others: deque[Job] = deque()
                 for job in self._queue:
                     goes = len(jobs) < _MAX_BATCH and job.goes_with(first)
                     (jobs if goes else others).append(job)
@@ -386,7 +285,7 @@ class Executor:
             self._running = jobs
             return jobs
 
-    def _perform(self, jobs: Sequence[_Job]) -> None:
+    def _perform(self, jobs: Sequence[Job]) -> None:
         began_ns = time.perf_counter_ns()
         settlements, first = self._settlements, jobs[0]
         if first.key is None:
@@ -418,7 +317,7 @@ class Executor:
             return UnavailableError(_CLOSED)
         return result
 
-    def _why_unwanted(self, job: _Job) -> Exception:
+    def _why_unwanted(self, job: Job) -> Exception:
         if job.cancel.is_late:
             return DeadlineError(_LATE)
         if self._is_closed:

@@ -18,13 +18,13 @@ from hashlens.convert.embedding import (
     feature_to_proto,
 )
 from hashlens.errors import InvalidInputError
+from hashlens.packed import PackedHits
 from hashlens.types import (
     MAX_K,
     BallPart,
     ExplainedBit,
     Explanation,
     Hit,
-    PackedHits,
     Prediction,
     Query,
     Rank,

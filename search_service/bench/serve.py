@@ -30,18 +30,19 @@ from hashlens.cli.processes import START_DEADLINE_S, interruptible
 from hashlens.cli.text import console, printable
 from hashlens.config import options, setting
 from hashlens.errors import DeadlineError, InvalidInputError, PreconditionError
+from hashlens.packed import PackedHits
 from hashlens.types import (
     CollectionSpec,
     Embedding,
     FeatureDtype,
     Item,
-    PackedHits,
     Query,
     SearchOptions,
     SearchResult,
 )
 from hashlens.v1 import search_service_pb2 as spb
 from search_service.bench import load
+from search_service.bench.answers import check_hits
 from search_service.bench.command import BenchConfig, check_outputs, publish
 from search_service.bench.data import CodeSet, Kind, make_codes, make_features
 from search_service.bench.host import ECHO
@@ -257,44 +258,7 @@ def _check(
                     raise WrongAnswerError("an answer depends on who asks at the same time")
                 if isinstance(alone.hits, PackedHits) != packed:
                     raise WrongAnswerError("the reply is not of the form that was asked for")
-                _check_hits(alone, query, max(k, config.min_pool), k, data, features, ids)
-
-
-def _check_hits(
-    answer: SearchResult,
-    query: Embedding,
-    n_wanted: int,
-    k: int,
-    data: CodeSet,
-    features: NDArray[Any] | None,
-    ids: NDArray[np.bytes_],
-) -> None:
-    code = np.frombuffer(query.code, dtype=np.uint8)
-    bits = np.bitwise_count(data.packed ^ code).sum(axis=1, dtype=np.int64)
-    found = np.array([hit.id.encode() for hit in answer.hits], dtype=ids.dtype)
-    rows = np.searchsorted(ids, found)
-    k = min(k, len(ids))
-    if len(rows) != k or (ids[rows] != found).any():
-        raise WrongAnswerError(f"{len(rows)} hits for k = {k}, or an id that was never written")
-    if [hit.hamming_bits for hit in answer.hits] != bits[rows].tolist():
-        raise WrongAnswerError("a Hamming distance is wrong")
-    if features is None:
-        if rows.tolist() != np.lexsort((ids, bits))[:k].tolist():
-            raise WrongAnswerError("hits are not the nearest by (Hamming distance, id)")
-        return
-    threshold = np.sort(bits)[min(n_wanted, len(bits)) - 1]
-    pool = np.flatnonzero(bits <= threshold)
-    assert query.feature is not None
-    difference = features[pool].astype(np.float64) - query.feature.astype(np.float64)
-    distances = np.full(len(bits), np.inf)
-    distances[pool] = np.sqrt((difference**2).sum(axis=1))
-    best = np.sort(distances)[:k]
-    said = np.array([hit.distance for hit in answer.hits], dtype=np.float64)
-    # Ours are sums of float32: near, and in the order of their own bits.
-    if not (np.allclose(said, distances[rows], rtol=1e-4) and np.allclose(said, best, rtol=1e-4)):
-        raise WrongAnswerError("hits are not the nearest of the pool by Euclidean distance")
-    if len(set(rows.tolist())) != k:
-        raise WrongAnswerError("a hit comes twice")
+                check_hits(alone, query, max(k, config.min_pool), k, data, features, ids)
 
 
 # -- loads -----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from hashlens.types import Embedding, Receipt, SearchResult
 from search_service.bench import serve
+from search_service.bench.answers import check_hits
 from search_service.bench.data import make_codes
 from search_service.bench.load import Load, run
 from search_service.bench.report import WrongAnswerError
@@ -68,7 +69,7 @@ def test_wrong_answers_are_noticed(harm: str) -> None:
     column = np.array([item_id.encode() for item_id in ids])
 
     def check() -> None:
-        serve._check_hits(found, query, 10, 10, data, None, column)
+        check_hits(found, query, 10, 10, data, None, column)
 
     if harm == "none":
         check()

@@ -23,7 +23,8 @@ from hashlens import (
     codes,
 )
 from hashlens.errors import HashlensError, InvalidInputError
-from hashlens.types import PackedHits, SearchResult
+from hashlens.packed import PackedHits
+from hashlens.types import SearchResult
 from search_service.engine import Engine, is_tiny
 from search_service.snapshot import Snapshot
 from tests.integration.conftest import SearchProcess

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from hashlens import codes
 from hashlens.errors import CancelledError, DeadlineError, InvalidInputError
+from hashlens.packed import PackedHits
 from hashlens.types import (
     Embedding,
-    PackedHits,
     Rank,
     Receipt,
     SearchOptions,

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from hashlens import convert
 from hashlens.errors import InvalidInputError
-from hashlens.types import Hit, PackedHits, Receipt, SearchResult
+from hashlens.packed import PackedHits
+from hashlens.types import Hit, Receipt, SearchResult
 from hashlens.v1 import search_service_pb2 as spb
 
 RECEIPT = Receipt(

@@ -12,7 +12,8 @@ import pytest
 
 from hashlens.errors import CancelledError, DeadlineError, OverloadedError, UnavailableError
 from search_service.cancel import Cancel
-from search_service.executor import Deliver, Executor, Waiting
+from search_service.executor import Executor
+from search_service.jobs import Deliver, Waiting
 
 WAIT_S = 30.0
 """Longest any of these may take; none does."""
