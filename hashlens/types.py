@@ -6,7 +6,7 @@ Nothing here knows protobuf: `hashlens.convert` maps these to and from `hashlens
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -262,6 +262,9 @@ class SearchOptions:
     """Wait until the replica has applied this version."""
     ignore_margins: bool = False
     """Leave the query's margins |H - 0.5| out of the order, as if it came without H."""
+    packed: bool = False
+    """Return the hits as `hashlens.packed.PackedHits`, which for many hits is several times faster.
+    Not with `with_feature` or `with_explanation`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,6 +351,8 @@ class StageTimings:
     fetch_ns: int = 0
     """Ids, payloads, codes and features of the hits."""
     total_ns: int = 0
+    batch_queries: int = 0
+    """How many queries shared one pass over the codes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,7 +385,8 @@ class Receipt:
 class SearchResult:
     """The answer to one query, best hit first."""
 
-    hits: tuple[Hit, ...]
+    hits: Sequence[Hit]
+    """A tuple, or `hashlens.packed.PackedHits` if they were asked for."""
     receipt: Receipt
     explanation: ReplyExplanation | None = None
     """Present when it was asked for."""

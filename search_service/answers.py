@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
-from hashlens.types import EncodeTimings, Query, SearchOptions, SearchResult
+from hashlens.types import Embedding, EncodeTimings, Query, SearchOptions, SearchResult
 from search_service import margins
-from search_service.cancel import Cancel
-from search_service.engine import Engine, embedding_of
+from search_service.engine import Ask, Engine, is_tiny
 from search_service.executor import Executor
 from search_service.explain import Meanings
 from search_service.images import ImageEncoder
+from search_service.jobs import Deliver, Together, Waiting
 from search_service.snapshot import Snapshot
 from search_service.storage.collection import Collection
+
+_NO_MEANINGS = Meanings()
+
+Asked: TypeAlias = tuple[Embedding | str, SearchOptions, Meanings]
+"""An embedding or the id of a stored item, how to look for it, and what the codes mean."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Answerer:
     """Answers the queries of one call."""
 
-    engine: Engine
     executor: Executor
+    together: Together[Asked]
+    """Of `together`; queries with the same one may be answered together."""
     images: ImageEncoder
     collection: Collection
     snapshot: Snapshot
     """What all of them search: of that collection, as new as was asked for."""
     options: SearchOptions
+    is_alone: bool
+    """Whether the call has one query."""
     ends_s: float
     """When the call must be answered, on the clock of `time.monotonic`."""
 
@@ -48,6 +58,11 @@ class Answerer:
             Of `meanings`, asked for once for all queries.
         field
             Path of the query in the request.
+
+        Returns
+        -------
+        SearchResult
+            With `PackedHits` wherever those can hold the hits.
         """
         options, spec, snapshot = self.options, self.collection.spec, self.snapshot
         encode, call_ns = EncodeTimings(), 0
@@ -64,16 +79,41 @@ class Answerer:
             encode, call_ns = encoded.timings, time.monotonic_ns() - asked_ns
             embedding = encoded.embedding
 
-        def work(cancel: Cancel) -> SearchResult:
-            # Reading a stored embedding may have to wait for a disk.
-            asked = embedding_of(snapshot, query.id or "") if embedding is None else embedding
-            return self.engine.search(snapshot, asked, options, cancel, meanings)
-
-        outcome = await self.executor.run(work, deadline_s=self.ends_s - time.monotonic())
-        receipt = outcome.value.receipt
-        timings = replace(
-            receipt.timings, encode=encode, encode_call_ns=call_ns, queue_ns=outcome.queue_ns
+        # The executor's thread reads a stored embedding: that may have to wait for a disk.
+        asked = (query.id or "") if embedding is None else embedding
+        deadline_s = self.ends_s - time.monotonic()
+        result: SearchResult = await self.executor.run_together(
+            self.together,
+            snapshot,
+            (asked, options, meanings or _NO_MEANINGS),
+            deadline_s=deadline_s,
+            is_tiny=self.is_alone and is_tiny(snapshot, options),
         )
         # What a replica that has lost its place still has is not known to be all there is.
+        if call_ns == 0 and not self.collection.is_lost:
+            return result
+        receipt = result.receipt
+        timings = replace(receipt.timings, encode=encode, encode_call_ns=call_ns)
         exact = receipt.exact and not self.collection.is_lost
-        return replace(outcome.value, receipt=replace(receipt, timings=timings, exact=exact))
+        return replace(result, receipt=replace(receipt, timings=timings, exact=exact))
+
+
+def together(engine: Engine) -> Together[Asked]:
+    """Return what the executor does with the queries that wait for one snapshot."""
+
+    def work(snapshot: Snapshot, waiting: Sequence[Waiting[Asked]], deliver: Deliver) -> None:
+        asks = []
+        for one in waiting:
+            query, options, meanings = one.item
+            asks.append(
+                Ask(
+                    query=query,
+                    options=options,
+                    cancel=one.cancel,
+                    meanings=meanings,
+                    asked_ns=one.queued_ns,
+                )
+            )
+        engine.search_batch(snapshot, asks, deliver)
+
+    return work

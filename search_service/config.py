@@ -34,6 +34,11 @@ class SearchConfig(ServerConfig):
         "Memory for sketches of features, in MiB: exact answers from large pools that read few "
         "features. A row takes its width in bytes and 32 more. 0: none.",
     )
+    index_memory_mb: int = setting(
+        2048,
+        "Memory for indexes of codes, in MiB: small radii in tables of a million rows and more "
+        "without reading all codes. A row takes 12 to 16 bytes at 64 bits. 0: none.",
+    )
     checkpoint_interval_s: float = setting(30.0, "Longest between checkpoints, in seconds.")
 
     def __post_init__(self) -> None:
@@ -43,7 +48,8 @@ class SearchConfig(ServerConfig):
         for name in ("max_queue", "max_batch_queries", "max_audits", "n_store_threads"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} is at least 1", field=name)
-        if self.sketch_memory_mb < 0:
-            raise InvalidInputError("sketch_memory_mb is 0 or more", field="sketch_memory_mb")
+        for name in ("sketch_memory_mb", "index_memory_mb"):
+            if getattr(self, name) < 0:
+                raise InvalidInputError(f"{name} is 0 or more", field=name)
         if self.checkpoint_interval_s <= 0:
             raise InvalidInputError("checkpoint_interval_s is above 0")

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from hashlens import codes
-from hashlens.errors import InvalidInputError, NotFoundError, PreconditionError
+from hashlens.errors import NotFoundError
+from hashlens.packed import PackedHits
 from hashlens.types import (
-    MAX_K,
     Embedding,
     Explanation,
     Hit,
@@ -30,13 +32,55 @@ from hashlens.types import (
 )
 from search_service import coarse, explain, fine, margins, sketch
 from search_service.cancel import Cancel
+from search_service.columns import packed_hits
+from search_service.fits import check_options, check_query
+from search_service.index_keeper import IndexKeeper
 from search_service.kernels import select
+from search_service.multi_index import MultiIndex, compile_kernels
+from search_service.sketch import Sketch
 from search_service.sketches import Sketches
 from search_service.snapshot import Snapshot
 
+Deliver = Callable[[int, "SearchResult | Exception"], None]
+"""Takes the position of a query and its answer, as soon as that is there."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Ask:
+    """One query of several."""
+
+    query: Embedding | str
+    """An embedding, or the id of a stored item."""
+    options: SearchOptions
+    cancel: Cancel = field(default_factory=Cancel)
+    meanings: explain.Meanings = explain.Meanings()
+    asked_ns: int = 0
+    """When it began to wait, on the clock of `time.perf_counter_ns`; 0 if it did not."""
+
+
+_BYTES_PER_THREAD = 1 << 20
+"""Read by a kernel for each thread that it uses: waking one for less costs more than it saves, and
+where the cores are busy, waiting for it costs much more."""
+
+_TINY_CODE_BYTES = 1 << 21
+_TINY_FEATURE_BYTES = 1 << 25
+_TINY_K = 1000
+
+
+def is_tiny(snapshot: Snapshot, options: SearchOptions) -> bool:
+    """Tell whether a search takes a few hundred microseconds, whatever its pool, and one thread."""
+    feature_bytes = snapshot.rows * snapshot.dim * snapshot.feature_dtype.n_bytes
+    return (
+        8 * snapshot.rows * len(snapshot.words) <= _TINY_CODE_BYTES
+        and feature_bytes <= _TINY_FEATURE_BYTES
+        and options.k <= _TINY_K
+        and not options.with_feature
+        and not options.with_explanation
+    )
+
 
 class Engine:
-    """Searches snapshots, of any collection, one search at a time.
+    """Searches snapshots, of any collection, one search or batch of them at a time.
 
     Calls from several threads take turns. In a process with an `Executor`, search through it: two
     engines entered at once may meet in Numba's threading layer, which not every layer survives.
@@ -45,10 +89,16 @@ class Engine:
     ----------
     sketches
         Saves the fine stage from reading most features of a large pool. Default: all are read.
+    indexes
+        Saves the coarse stage from reading all codes of a large table, where the radius is small.
+        Default: all are read.
     """
 
-    def __init__(self, *, sketches: Sketches | None = None) -> None:
+    def __init__(
+        self, *, sketches: Sketches | None = None, indexes: IndexKeeper | None = None
+    ) -> None:
         self._sketches = sketches
+        self._indexes = indexes
         self._scratch = coarse.Scratch()
         self._turn = threading.Lock()
 
@@ -100,13 +150,70 @@ class Engine:
             As `cancel` says.
         """
         options = options or SearchOptions()
-        cancel = cancel or Cancel()
-        meanings = meanings or explain.Meanings()
-        check_options(snapshot, options)
-        by_feature = _ranks_by_feature(snapshot, options.rank)
-        check_query(snapshot, query, with_feature=by_feature)
+        ask = Ask(
+            query=query,
+            options=options,
+            cancel=cancel or Cancel(),
+            meanings=meanings or explain.Meanings(),
+        )
+        answers: list[SearchResult | Exception] = []
+        self.search_batch(snapshot, [ask], lambda _, answer: answers.append(answer))
+        answer = answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        if isinstance(answer.hits, PackedHits) and not options.packed:
+            return replace(answer, hits=answer.hits.unpacked())
+        return answer
+
+    def search_batch(self, snapshot: Snapshot, asks: Sequence[Ask], deliver: Deliver) -> None:
+        """Answer several queries, with one pass over the codes for all of them.
+
+        Each answer is what `search` returns or raises for that query alone, but for hits, which are
+        `PackedHits` wherever those can hold them. An error, a flag or a deadline of one query is
+        its own.
+
+        Parameters
+        ----------
+        snapshot
+            What to search.
+        asks
+            The queries.
+        deliver
+            Called once for each, in the order of `asks` but for those that fail early.
+        """
         with self._turn:
-            return self._search(snapshot, query, options, cancel, meanings, by_feature=by_feature)
+            began_ns = time.perf_counter_ns()
+            searches: list[_Search] = []
+            for number, ask in enumerate(asks):
+                try:
+                    searches.append(_Search(snapshot, ask, number))
+                except Exception as error:
+                    deliver(number, error)
+            pools: Sequence[coarse.Pool | Exception]
+            index = None if self._indexes is None else self._indexes.index_for(snapshot)
+            try:
+                pools = _find_pools(snapshot, searches, self._scratch, index)
+            except Exception as error:
+                if len(searches) == 1:
+                    deliver(searches[0].number, error)
+                    return
+                # One of them asked for too much. Each alone, so that it meets nobody else.
+                pools = [
+                    _pool_or_error(snapshot, search, self._scratch, index) for search in searches
+                ]
+            coarse_ns = time.perf_counter_ns() - began_ns
+            known = None if self._sketches is None else self._sketches.of(snapshot)
+            for search, pool in zip(searches, pools, strict=True):
+                try:
+                    if isinstance(pool, Exception):
+                        raise pool
+                    answer = search.answer(
+                        pool, known, coarse_ns=coarse_ns, n_queries=len(searches)
+                    )
+                except Exception as error:
+                    deliver(search.number, error)
+                else:
+                    deliver(search.number, answer)
 
     def warm_up(self) -> None:
         """Compile the kernels and start their threads, by searching a tiny snapshot."""
@@ -119,74 +226,91 @@ class Engine:
         self.search(snapshot, sure, SearchOptions(rank=Rank.HAMMING))
         if self._sketches is not None:
             sketch.warm_up()
+        if self._indexes is not None:
+            compile_kernels()
 
-    def _search(
-        self,
-        snapshot: Snapshot,
-        query: Embedding,
-        options: SearchOptions,
-        cancel: Cancel,
-        meanings: explain.Meanings,
-        *,
-        by_feature: bool,
+
+class _Search:
+    """One query of a batch, checked.
+
+    Raises
+    ------
+    HashlensError
+        See `Engine.search`.
+    """
+
+    __slots__ = ("ask", "by_feature", "number", "query", "snapshot", "weights", "words")
+
+    def __init__(self, snapshot: Snapshot, ask: Ask, number: int) -> None:
+        self.snapshot, self.ask, self.number = snapshot, ask, number
+        options, query = ask.options, ask.query
+        ask.cancel.check()
+        check_options(snapshot, options)
+        self.by_feature = _ranks_by_feature(snapshot, options.rank)
+        self.query = embedding_of(snapshot, query) if isinstance(query, str) else query
+        check_query(snapshot, self.query, with_feature=self.by_feature)
+        self.words = codes.as_words(_packed(self.query))[:, 0]
+        self.weights = margins.weights_of(self.query, options)
+
+    def answer(
+        self, pool: coarse.Pool, known: Sketch | None, *, coarse_ns: int, n_queries: int
     ) -> SearchResult:
-        began_ns = time.perf_counter_ns()
-        words = codes.as_words(_packed(query))[:, 0]
-        weights = margins.weights_of(query, options)
-        pool = coarse.find_pool(
-            snapshot,
-            words,
-            radius_bits=options.max_hamming_bits,
-            n_wanted=max(options.k, options.min_pool),
-            max_rows=options.max_pool if by_feature else None,
-            scratch=self._scratch,
-            cancel=cancel,
-            weights=weights,
+        """Rank a pool and fetch what the hits show."""
+        own_ns = time.perf_counter_ns()
+        snapshot, query, options, cancel = (
+            self.snapshot,
+            self.query,
+            self.ask.options,
+            self.ask.cancel,
         )
-        coarse_ns = time.perf_counter_ns() - began_ns
-
+        cancel.check()
         rows, hamming_bits = pool.rows, pool.hamming_bits
         n_unranked = 0
         distances: NDArray[np.float32] | None = None
-        if by_feature:
+        if self.by_feature:
             has_feature = fine.with_feature(snapshot, rows)
             if has_feature is not None:
                 rows, hamming_bits = rows[has_feature], hamming_bits[has_feature]
                 n_unranked = pool.rows.shape[0] - rows.shape[0]
             vector = np.ascontiguousarray(query.feature, dtype=np.float32)
-            known = None if self._sketches is None else self._sketches.of(snapshot)
-            rows, hamming_bits, distances = fine.rank(
-                snapshot, rows, hamming_bits, vector, options.k, cancel, known
-            )
+            with _threads_for(rows.shape[0] * snapshot.dim * snapshot.feature_dtype.n_bytes):
+                rows, hamming_bits, distances = fine.rank(
+                    snapshot, rows, hamming_bits, vector, options.k, cancel, known
+                )
             keys = select.euclidean_keys(distances, hamming_bits)
-        elif weights is not None:
+        elif self.weights is not None:
             near = pool.hamming_bits <= pool.radius_of(options.k)
             rows, hamming_bits = rows[near], hamming_bits[near]
-            asymmetric = margins.distances_to(snapshot, rows, words, weights, cancel)
+            asymmetric = margins.distances_to(snapshot, rows, self.words, self.weights, cancel)
             keys = select.hamming_keys(hamming_bits, asymmetric)
         else:
             keys = hamming_bits.astype(np.uint64)
-        chosen, ids = select.k_smallest(keys, options.k, lambda i: snapshot.ids_of(rows[i]))
+        ids = snapshot.ids.id_texts()
+        chosen = np.empty(min(options.k, rows.shape[0]), dtype=np.int64)
+        select.nearest(keys, rows, ids.data, ids.ends, chosen)
         cancel.check()
-        ranked_ns = time.perf_counter_ns() - began_ns
+        ranked_ns = time.perf_counter_ns()
 
-        hits = _hits(
+        rows = rows[chosen]
+        hits = packed_hits(
             snapshot,
-            query,
-            options,
-            rows=rows[chosen],
-            ids=ids,
-            hamming_bits=hamming_bits[chosen],
-            distances=None if distances is None else distances[chosen],
-            meanings=meanings,
-            cancel=cancel,
+            rows,
+            hamming_bits[chosen],
+            None if distances is None else distances[chosen],
+            with_payload=options.with_payload,
+            with_code=options.with_code,
         )
         explanation: ReplyExplanation | None = None
         if options.with_explanation:
-            explanation = explain.explain_query(query, meanings)
-        total_ns = time.perf_counter_ns() - began_ns
+            explanation = explain.explain_query(query, self.ask.meanings)
+        shown: Sequence[Hit] = hits
+        if options.with_feature or options.with_explanation:
+            shown = self._enriched(hits, rows)
+        ended_ns = time.perf_counter_ns()
+        fine_ns = ranked_ns - own_ns
+        asked_ns = self.ask.asked_ns
         receipt = Receipt(
-            rows_scanned=snapshot.n_alive,
+            rows_scanned=pool.n_compared,
             threshold_bits=pool.threshold_bits,
             pool_size=pool.rows.shape[0],
             pool_histogram=tuple(pool.histogram.tolist()),
@@ -195,15 +319,98 @@ class Engine:
             exact=not pool.truncated and n_unranked == 0,
             version=snapshot.version,
             timings=StageTimings(
+                # What its neighbours took in between is waiting, too.
+                queue_ns=own_ns - asked_ns - coarse_ns if asked_ns else 0,
                 # With the fine stage off, selection is all that is left of it.
-                coarse_ns=coarse_ns if by_feature else ranked_ns,
-                fine_ns=ranked_ns - coarse_ns if by_feature else 0,
-                fetch_ns=total_ns - ranked_ns,
-                total_ns=total_ns,
+                coarse_ns=coarse_ns if self.by_feature else coarse_ns + fine_ns,
+                fine_ns=fine_ns if self.by_feature else 0,
+                fetch_ns=ended_ns - ranked_ns,
+                total_ns=ended_ns - own_ns + coarse_ns,
+                batch_queries=n_queries,
             ),
-            margins_used=weights is not None and (pool.truncated or not by_feature),
+            margins_used=self.weights is not None and (pool.truncated or not self.by_feature),
         )
-        return SearchResult(hits, receipt, explanation)
+        return SearchResult(shown, receipt, explanation)
+
+    def _enriched(self, hits: PackedHits, rows: NDArray[np.int64]) -> tuple[Hit, ...]:
+        """Return hits with the features and explanations that were asked for."""
+        snapshot, ask = self.snapshot, self.ask
+        explanations: Sequence[Explanation | None] = [None] * len(hits)
+        if ask.options.with_explanation:
+            packed = snapshot.codes_of(rows)
+            explanations = explain.explain_hits(self.query, packed, ask.meanings, ask.cancel)
+        with_feature = ask.options.with_feature
+        return tuple(
+            replace(
+                hit,
+                feature=snapshot.feature_of(row) if with_feature else None,
+                explanation=explanation,
+            )
+            for hit, row, explanation in zip(
+                hits.unpacked(), rows.tolist(), explanations, strict=True
+            )
+        )
+
+
+class _AnyOf(Cancel):
+    """Is up when nobody wants the work any more."""
+
+    def __init__(self, cancels: Sequence[Cancel]) -> None:
+        super().__init__()
+        self._cancels = cancels
+
+    def check(self) -> None:
+        """Raise what the first of them raises, once all would."""
+        if all(cancel.is_set or cancel.is_late for cancel in self._cancels):
+            self._cancels[0].check()
+
+
+def _find_pools(
+    snapshot: Snapshot,
+    searches: Sequence[_Search],
+    scratch: coarse.Scratch,
+    index: MultiIndex | None,
+) -> list[coarse.Pool]:
+    """Find the pool of each query, in one pass over the codes."""
+    if not searches:
+        return []
+    wanted = [
+        coarse.Wanted(
+            query=search.words,
+            radius_bits=search.ask.options.max_hamming_bits,
+            n_rows=max(search.ask.options.k, search.ask.options.min_pool),
+            max_rows=search.ask.options.max_pool if search.by_feature else None,
+            weights=search.weights,
+        )
+        for search in searches
+    ]
+    cancel = _AnyOf([search.ask.cancel for search in searches])
+    with _threads_for(8 * snapshot.rows * len(snapshot.words) * len(searches)):
+        return coarse.find_pools(snapshot, wanted, scratch=scratch, cancel=cancel, index=index)
+
+
+def _pool_or_error(
+    snapshot: Snapshot, search: _Search, scratch: coarse.Scratch, index: MultiIndex | None
+) -> coarse.Pool | Exception:
+    try:
+        return _find_pools(snapshot, [search], scratch, index)[0]
+    except Exception as error:
+        return error
+
+
+@contextmanager
+def _threads_for(n_bytes: int) -> Iterator[None]:
+    """Let kernels use as many threads as it takes to read so much, up to as many as they have."""
+    most = numba.get_num_threads()
+    n_threads = min(most, 1 + n_bytes // _BYTES_PER_THREAD)
+    if n_threads == most:
+        yield
+        return
+    numba.set_num_threads(n_threads)
+    try:
+        yield
+    finally:
+        numba.set_num_threads(most)
 
 
 def embedding_of(snapshot: Snapshot, item_id: str) -> Embedding:
@@ -237,141 +444,9 @@ def embedding_of(snapshot: Snapshot, item_id: str) -> Embedding:
     )
 
 
-def check_options(snapshot: Snapshot, options: SearchOptions) -> None:
-    """Refuse options that are out of range.
-
-    Raises
-    ------
-    InvalidInputError
-        With the field's path in a search request.
-    """
-    if not 1 <= options.k <= MAX_K:
-        raise InvalidInputError(f"k is {options.k}. Ask for 1 to {MAX_K} hits.", field="options.k")
-    radius_bits = options.max_hamming_bits
-    if radius_bits is not None and not 0 <= radius_bits <= snapshot.n_bits:
-        raise InvalidInputError(
-            f"max_hamming_bits is {radius_bits}. Codes here have {snapshot.n_bits} bits: give 0 to "
-            f"{snapshot.n_bits}, or leave it out.",
-            field="options.max_hamming_bits",
-        )
-    if options.min_pool < 0:
-        raise InvalidInputError(
-            f"min_pool is {options.min_pool}. Give 0 or more.", field="options.min_pool"
-        )
-    if options.max_pool is not None and options.max_pool < options.k:
-        raise InvalidInputError(
-            f"max_pool is {options.max_pool}, less than k. Give at least {options.k}, or leave it "
-            "out.",
-            field="options.max_pool",
-        )
-    if options.rank is Rank.EUCLIDEAN and snapshot.dim == 0:
-        raise InvalidInputError(
-            "The collection has no features to rank by. Ask for rank hamming.", field="options.rank"
-        )
-
-
-def check_query(snapshot: Snapshot, query: Embedding, *, with_feature: bool) -> None:
-    """Refuse a query that does not fit a snapshot.
-
-    Raises
-    ------
-    InvalidInputError
-        With the field's path in a search request.
-    PreconditionError
-        Another model made the query.
-    """
-    if snapshot.model_id and query.model_id != snapshot.model_id:
-        raise PreconditionError(
-            f"The query is of model {query.model_id!r}, the collection of {snapshot.model_id!r}. "
-            "Encode the query with the collection's model."
-        )
-    if query.n_bits != snapshot.n_bits:
-        raise InvalidInputError(
-            f"The code has {query.n_bits} bits, the collection's have {snapshot.n_bits}. Encode "
-            "the query with the collection's model.",
-            field="query.embedding.code.n_bits",
-        )
-    if len(query.code) != codes.n_bytes(query.n_bits):
-        raise InvalidInputError(
-            f"The code is {len(query.code)} bytes long. {query.n_bits} bits take "
-            f"{codes.n_bytes(query.n_bits)}.",
-            field="query.embedding.code.bits",
-        )
-    if not codes.padding_is_zero(query.code, query.n_bits):
-        raise InvalidInputError(
-            "The code's padding bits are set. Set the unused high bits of the last byte to 0.",
-            field="query.embedding.code.bits",
-        )
-    margins.check(query)
-    if with_feature:
-        _check_feature(snapshot, query.feature)
-
-
-def _check_feature(snapshot: Snapshot, feature: NDArray[np.generic] | None) -> None:
-    if feature is None:
-        raise InvalidInputError(
-            "The query has no feature to rank by. Send it, or ask for rank hamming.",
-            field="query.embedding.feature",
-        )
-    if feature.dtype not in (np.float32, np.float16):
-        raise InvalidInputError(
-            f"The feature is {feature.dtype}. Send float32 or float16.",
-            field="query.embedding.feature.dtype",
-        )
-    if feature.shape != (snapshot.dim,):
-        raise InvalidInputError(
-            f"The feature has shape {list(feature.shape)}. The collection's have [{snapshot.dim}].",
-            field="query.embedding.feature.dim",
-        )
-    if not np.isfinite(feature).all():
-        raise InvalidInputError(
-            "The feature holds NaN or infinity. Send finite numbers.",
-            field="query.embedding.feature.values",
-        )
-
-
 def _ranks_by_feature(snapshot: Snapshot, rank: Rank) -> bool:
     return rank is Rank.EUCLIDEAN or (rank is Rank.AUTO and snapshot.dim > 0)
 
 
 def _packed(query: Embedding) -> NDArray[np.uint8]:
     return np.frombuffer(query.code, dtype=np.uint8)[np.newaxis]
-
-
-def _hits(
-    snapshot: Snapshot,
-    query: Embedding,
-    options: SearchOptions,
-    *,
-    rows: NDArray[np.int64],
-    ids: list[str],
-    hamming_bits: NDArray[np.uint16],
-    distances: NDArray[np.float32] | None,
-    meanings: explain.Meanings,
-    cancel: Cancel,
-) -> tuple[Hit, ...]:
-    n = len(ids)
-    needs_codes = options.with_code or options.with_explanation
-    packed = snapshot.codes_of(rows) if needs_codes else None
-    payloads = snapshot.payloads_of(rows) if options.with_payload else [b""] * n
-    explanations: Sequence[Explanation | None] = [None] * n
-    if packed is not None and options.with_explanation:
-        explanations = explain.explain_hits(query, packed, meanings, cancel)
-    return tuple(
-        Hit(
-            id=ids[i],
-            hamming_bits=bits,
-            distance=distance,
-            payload=payloads[i],
-            code=packed[i].tobytes() if packed is not None and options.with_code else None,
-            feature=snapshot.feature_of(int(rows[i])) if options.with_feature else None,
-            explanation=explanations[i],
-        )
-        for i, (bits, distance) in enumerate(
-            zip(
-                hamming_bits.tolist(),
-                [None] * n if distances is None else distances.tolist(),
-                strict=True,
-            )
-        )
-    )

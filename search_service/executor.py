@@ -2,7 +2,8 @@
 
 Numba's threading layers differ: ``workqueue`` aborts the process when two threads enter it at once,
 ``omp`` starts a team of threads for each. One thread of ours entering them is right for all, and a
-search uses every core anyway.
+search uses every core anyway. Tiny work is the exception: when nobody else is inside, the caller's
+own thread may enter, with one thread of Numba's; see `Executor.run_together`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import numba
 from numba.np.ufunc.parallel import threading_layer
@@ -23,47 +23,29 @@ from numba.np.ufunc.parallel import threading_layer
 from hashlens.cpus import usable_cpus
 from hashlens.errors import CancelledError, DeadlineError, OverloadedError, UnavailableError
 from search_service.cancel import Cancel
+from search_service.jobs import Job, Outcome, Settlements, Together, Waiting
 
 T = TypeVar("T")
+A = TypeVar("A")
 
 logger = logging.getLogger(__name__)
 
 _START_S = 60.0
 """Longest for Numba's threads to start."""
 
+_MAX_BATCH = 64
+"""Most jobs that are taken together."""
+
 _LATE = "The deadline passed before the work was done. Allow more time or ask less."
 _CLOSED = "The server is shutting down. Try another replica."
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome(Generic[T]):
-    """What work returned, and how long it waited to start."""
-
-    value: T
-    queue_ns: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Job:
-    work: Callable[[Cancel], Any]
-    cancel: Cancel
-    queued_ns: int = field(default_factory=time.perf_counter_ns)
-    future: Future[Outcome[Any]] = field(default_factory=Future)
-
-    @property
-    def is_wanted(self) -> bool:
-        return not (self.cancel.is_set or self.cancel.is_late or self.future.cancelled())
-
-    def refuse(self, error: Exception) -> None:
-        if self.future.set_running_or_notify_cancel():
-            self.future.set_exception(error)
 
 
 class Executor:
     """Runs work on one thread, first come, first served.
 
     Work whose caller has left or whose deadline has passed is dropped before it starts; work that
-    runs is told through its `Cancel`.
+    runs is told through its `Cancel`. Jobs that may be done together, see `run_together`, are: the
+    one whose turn it is takes those behind it along.
 
     Parameters
     ----------
@@ -81,9 +63,12 @@ class Executor:
 
     def __init__(self, *, n_threads: int = 0, max_queue: int = 256) -> None:
         self._max_queue = max_queue
-        self._queue: deque[_Job] = deque()
+        self._queue: deque[Job] = deque()
         self._changed = threading.Condition()
-        self._running: _Job | None = None
+        self._inside = threading.Lock()
+        """Held by who is in the kernels."""
+        self._running: Sequence[Job] = ()
+        self._settlements = Settlements()
         self._is_closed = False
         self._mean_s = 0.01  # of a job, a moving average; only advises when to come back
         started: Future[None] = Future()
@@ -132,27 +117,81 @@ class Executor:
         Exception
             Whatever `work` raises.
         """
-        job = self._submit(work, deadline_s)
+        outcome: Outcome[T] = await self._awaited(
+            Job(work, deadline_s, loop=asyncio.get_running_loop()), deadline_s
+        )
+        return outcome
+
+    async def run_together(
+        self,
+        work: Together[A],
+        key: object,
+        item: A,
+        *,
+        deadline_s: float | None = None,
+        is_tiny: bool = False,
+    ) -> Any:
+        """Run work that does several jobs at once better than one by one.
+
+        When it is a job's turn, those that wait behind it with the same `work` and `key` are done
+        with it. Otherwise as `run`.
+
+        Parameters
+        ----------
+        work
+            Called on the executor's thread as ``work(key, jobs, deliver)``. It delivers each job's
+            result when it has it, whatever becomes of the others, and heeds each one's `cancel`.
+        key
+            What they have in common, compared by identity.
+        item
+            What is this job's own.
+        deadline_s
+            Time allowed from now, waiting included, in seconds; None for no limit.
+        is_tiny
+            Whether the job takes so little that it is done at once, in the caller's thread, if
+            nobody waits and nobody is inside: handing it to another thread and back costs more
+            than a search of 100,000 rows. Such a job uses one thread of Numba's.
+
+        Returns
+        -------
+        Any
+            What `work` delivers for this job.
+        """
+        if is_tiny and not self._queue and not self._is_closed and self._inside.acquire(False):
+            try:
+                return _done_here(work, key, item, deadline_s)
+            finally:
+                self._inside.release()
+        loop = asyncio.get_running_loop()
+        job = Job(work, deadline_s, key=key, item=item, loop=loop)
+        return await self._awaited(job, deadline_s)
+
+    async def _awaited(self, job: Job, deadline_s: float | None) -> Any:
+        """Wait for a job; a timer of our own costs a third of `asyncio.timeout`."""
+        self._submit(job)
+        timer = None
+        if deadline_s is not None:
+            assert job.loop is not None
+            timer = job.loop.call_later(deadline_s, job.settle, DeadlineError(_LATE))
         try:
-            async with asyncio.timeout(deadline_s) as limit:
-                return await asyncio.wrap_future(job.future)
-        except TimeoutError:
-            if limit.expired():
-                raise DeadlineError(_LATE) from None
-            raise
+            return await job.future
         finally:
             job.cancel.set()
+            if timer is not None:
+                timer.cancel()
 
     def run_blocking(
         self, work: Callable[[Cancel], T], *, deadline_s: float | None = None
     ) -> Outcome[T]:
         """Do as `run`, from a thread instead of a task."""
-        job = self._submit(work, deadline_s)
+        job = Job(work, deadline_s)
+        future: Future[Outcome[T]] = job.future
+        self._submit(job)
         try:
-            return job.future.result(deadline_s)
+            return future.result(deadline_s)
         except TimeoutError:
-            if job.future.done():  # the work's own, or done just now
-                return job.future.result()
+            if future.done():  # the work's own, or done just now
+                return future.result()
             raise DeadlineError(_LATE) from None
         finally:
             job.cancel.set()
@@ -170,17 +209,18 @@ class Executor:
             self._is_closed = True
             waiting = list(self._queue)
             self._queue.clear()
-            if self._running is not None:
-                self._running.cancel.set()
+            for job in self._running:
+                job.cancel.set()
             self._changed.notify_all()
+        refused = Settlements()
         for job in waiting:
-            job.refuse(UnavailableError(_CLOSED))
+            refused.add(job, UnavailableError(_CLOSED))
+        refused.send()
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             logger.warning("kernels: work still running after %.1f s", timeout_s)
 
-    def _submit(self, work: Callable[[Cancel], T], deadline_s: float | None) -> _Job:
-        job = _Job(work, Cancel(deadline_s))
+    def _submit(self, job: Job) -> None:
         with self._changed:
             if self._is_closed:
                 raise UnavailableError(_CLOSED)
@@ -192,14 +232,16 @@ class Executor:
                     retry_after_s=round(max(0.05, self._mean_s * len(self._queue)), 3),
                 )
             self._queue.append(job)
-            self._changed.notify()
-        return job
+            if len(self._queue) == 1:
+                self._changed.notify()
 
     def _drop_unwanted(self) -> None:
+        refused = Settlements()
         for job in list(self._queue):
             if not job.is_wanted:
                 self._queue.remove(job)
-                job.refuse(self._why_unwanted(job))
+                refused.add(job, self._why_unwanted(job))
+        refused.send()
 
     def _serve(self, n_threads: int, started: Future[None]) -> None:
         try:
@@ -212,39 +254,83 @@ class Executor:
             started.set_exception(error)
             return
         started.set_result(None)
-        while (job := self._next()) is not None:
-            if not job.is_wanted:
-                job.refuse(self._why_unwanted(job))
-            elif job.future.set_running_or_notify_cancel():
-                self._perform(job)
-            with self._changed:
-                self._running = None
+        while jobs := self._next():
+            wanted = []
+            for job in jobs:
+                if job.is_wanted:
+                    wanted.append(job)
+                else:
+                    self._settlements.add(job, self._why_unwanted(job))
+            if wanted:
+                with self._inside:
+                    self._perform(wanted)
+            self._settlements.send()
 
-    def _next(self) -> _Job | None:
+    def _next(self) -> Sequence[Job]:
+        """Return the first job and those that go with it; none when closed."""
         with self._changed:
+            self._running = ()
             while not self._queue and not self._is_closed:
                 self._changed.wait()
             if self._is_closed:
-                return None
-            self._running = self._queue.popleft()
-            return self._running
+                return ()
+            first = self._queue.popleft()
+            jobs = [first]
+            if first.key is not None and self._queue:
+                others: deque[Job] = deque()
+                for job in self._queue:
+                    goes = len(jobs) < _MAX_BATCH and job.goes_with(first)
+                    (jobs if goes else others).append(job)
+                self._queue = others
+            self._running = jobs
+            return jobs
 
-    def _perform(self, job: _Job) -> None:
+    def _perform(self, jobs: Sequence[Job]) -> None:
         began_ns = time.perf_counter_ns()
-        try:
-            value = job.work(job.cancel)
-        except CancelledError as error:
-            job.future.set_exception(UnavailableError(_CLOSED) if self._is_closed else error)
-        except BaseException as error:  # the caller's to handle, and the thread has to live
-            job.future.set_exception(error)
+        settlements, first = self._settlements, jobs[0]
+        if first.key is None:
+            try:
+                result: Any = Outcome(first.work(first.cancel), began_ns - first.queued_ns)
+            except BaseException as error:  # the caller's to handle, and the thread has to live
+                result = self._told(error)
+            settlements.add(first, result)
         else:
-            job.future.set_result(Outcome(value, began_ns - job.queued_ns))
-        took_s = (time.perf_counter_ns() - began_ns) / 1e9
+            pending = dict(enumerate(jobs))
+
+            def deliver(number: int, result: Any) -> None:
+                settlements.add(pending.pop(number), self._told(result))
+
+            waiting = [Waiting(job.item, job.cancel, job.queued_ns) for job in jobs]
+            failure: BaseException = RuntimeError("the work has forgotten a job")
+            try:
+                first.work(first.key, waiting, deliver)
+            except BaseException as error:
+                failure = error
+            for number in list(pending):
+                deliver(number, failure)
+        took_s = (time.perf_counter_ns() - began_ns) / 1e9 / len(jobs)
         self._mean_s += (took_s - self._mean_s) / 8
 
-    def _why_unwanted(self, job: _Job) -> Exception:
+    def _told(self, result: Any) -> Any:
+        """Return what the caller is told: work that was stopped by closing says so."""
+        if self._is_closed and isinstance(result, CancelledError):
+            return UnavailableError(_CLOSED)
+        return result
+
+    def _why_unwanted(self, job: Job) -> Exception:
         if job.cancel.is_late:
             return DeadlineError(_LATE)
         if self._is_closed:
             return UnavailableError(_CLOSED)
         return CancelledError("The caller left before the work began.")
+
+
+def _done_here(work: Together[A], key: object, item: A, deadline_s: float | None) -> Any:
+    """Do a job in this thread."""
+    results: list[Any] = []
+    waiting = Waiting(item, Cancel(deadline_s), time.perf_counter_ns())
+    work(key, [waiting], lambda _, result: results.append(result))
+    (result,) = results
+    if isinstance(result, BaseException):
+        raise result
+    return result

@@ -33,13 +33,14 @@ from hashlens.types import (
 from hashlens.v1 import search_service_pb2 as spb
 from hashlens.v1 import search_service_pb2_grpc as spb_grpc
 from search_service import checks, writes
-from search_service.answers import Answerer
+from search_service.answers import Answerer, together
 from search_service.audit import Auditor, check_auditable
 from search_service.ball_stream import Ball, BallStreamer
 from search_service.config import SearchConfig
 from search_service.engine import Engine, embedding_of
 from search_service.executor import Executor
 from search_service.images import ImageEncoder
+from search_service.index_keeper import IndexKeeper
 from search_service.items import items_of
 from search_service.sketches import Sketches
 from search_service.snapshot import Snapshot
@@ -78,7 +79,11 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         sketches = Sketches(config.sketch_memory_mb << 20) if config.sketch_memory_mb else None
         if sketches is not None:
             self._stack.callback(sketches.close)
-        self._engine = Engine(sketches=sketches)
+        indexes = IndexKeeper(config.index_memory_mb << 20) if config.index_memory_mb else None
+        if indexes is not None:
+            self._stack.callback(indexes.close)
+        self._engine = Engine(sketches=sketches, indexes=indexes)
+        self._together = together(self._engine)
         self._auditor = Auditor(max_audits=config.max_audits)
         self._opening: asyncio.Future[Store] | None = None
         self._store: Store
@@ -264,7 +269,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         self._check_fits(1, snapshot, options)
         answerer = self._answerer(collection, snapshot, options, ends_s)
         result = await answerer.answer(query, await answerer.meanings(), field="query")
-        reply = await _to_proto(result, spec.n_bits)
+        reply = await _to_proto(result, spec.n_bits, packed=options.packed)
         reply.receipt.timings.wait_version_ns = wait_ns
         reply.receipt.timings.total_ns = time.monotonic_ns() - started_ns
         check_size(reply.ByteSize(), self._config.max_message_bytes, _ADVICE)
@@ -288,7 +293,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         snapshot = await self._reached(collection, options.min_version, ends_s)
         wait_ns = time.monotonic_ns() - started_ns
         self._check_fits(n, snapshot, options)
-        answerer = self._answerer(collection, snapshot, options, ends_s)
+        answerer = self._answerer(collection, snapshot, options, ends_s, n_queries=n)
         meanings = await answerer.meanings()
 
         async def answer(i: int, message: spb.Query) -> spb.SearchBatchResult:
@@ -298,7 +303,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
                 result = await answerer.answer(query, meanings, field=field)
             except HashlensError as error:
                 return spb.SearchBatchResult(error=status_of(error))
-            reply = await _to_proto(result, collection.spec.n_bits)
+            reply = await _to_proto(result, collection.spec.n_bits, packed=options.packed)
             reply.receipt.timings.wait_version_ns = wait_ns
             reply.receipt.timings.total_ns = time.monotonic_ns() - started_ns
             return spb.SearchBatchResult(answer=reply)
@@ -413,15 +418,22 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         )
 
     def _answerer(
-        self, collection: Collection, snapshot: Snapshot, options: SearchOptions, ends_s: float
+        self,
+        collection: Collection,
+        snapshot: Snapshot,
+        options: SearchOptions,
+        ends_s: float,
+        *,
+        n_queries: int = 1,
     ) -> Answerer:
         return Answerer(
-            engine=self._engine,
             executor=self._executor,
+            together=self._together,
             images=self._images,
             collection=collection,
             snapshot=snapshot,
             options=options,
+            is_alone=n_queries == 1,
             ends_s=ends_s,
         )
 
@@ -451,7 +463,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         return encoded.embedding.code
 
 
-async def _to_proto(result: SearchResult, n_bits: int) -> spb.SearchResponse:
-    if len(result.hits) <= _HITS_AT_ONCE:
-        return convert.result_to_proto(result, n_bits)
+async def _to_proto(result: SearchResult, n_bits: int, *, packed: bool) -> spb.SearchResponse:
+    if packed or len(result.hits) <= _HITS_AT_ONCE:
+        return convert.result_to_proto(result, n_bits, packed=packed)
     return await asyncio.to_thread(convert.result_to_proto, result, n_bits)

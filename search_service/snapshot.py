@@ -17,8 +17,33 @@ from hashlens import codes
 from hashlens.types import FeatureDtype
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Texts:
+    """Byte strings of rows, one after the other."""
+
+    data: NDArray[np.uint8]
+    """All of them, contiguous; may be longer than they are."""
+    ends: NDArray[np.uint64]
+    """Where each ends in `data`, shape ``[rows]``; one begins where the one before ends."""
+
+    @classmethod
+    def of(cls, strings: Sequence[bytes]) -> Texts:
+        """Lay byte strings one after the other."""
+        lengths = np.array([len(string) for string in strings], dtype=np.uint64)
+        data = np.frombuffer(b"".join(strings), dtype=np.uint8)
+        return cls(data, read_only(np.cumsum(lengths, dtype=np.uint64)))
+
+
 class IdLookup(Protocol):
     """Rows to ids and back, and to payloads, as of one snapshot."""
+
+    def id_texts(self) -> Texts:
+        """Return the ids of all rows as UTF-8, views."""
+        ...
+
+    def payload_texts(self) -> Texts | None:
+        """Return the payloads of all rows, views; None if all are empty."""
+        ...
 
     def ids_of(self, rows: NDArray[np.int64]) -> list[str]:
         """Return the ids of rows, in the order of `rows`; int64, shape ``[n]``."""
@@ -224,8 +249,10 @@ class _ListedIds:
     listed: list[str]
     dead: NDArray[np.uint8] | None
     rows: dict[str, int] = field(init=False)
+    texts: Texts = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "texts", Texts.of([item_id.encode() for item_id in self.listed]))
         alive = [
             (item_id, row)
             for row, item_id in enumerate(self.listed)
@@ -234,6 +261,12 @@ class _ListedIds:
         rows = dict(alive)
         _require(len(rows) == len(alive), "no two alive rows have the same id")
         object.__setattr__(self, "rows", rows)
+
+    def id_texts(self) -> Texts:
+        return self.texts
+
+    def payload_texts(self) -> Texts | None:
+        return None
 
     def ids_of(self, rows: NDArray[np.int64]) -> list[str]:
         listed = self.listed

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hashlens import codes
 from hashlens.convert.collection import check_id
 from hashlens.convert.embedding import (
     embedding_from_proto,
@@ -12,6 +18,7 @@ from hashlens.convert.embedding import (
     feature_to_proto,
 )
 from hashlens.errors import InvalidInputError
+from hashlens.packed import PackedHits
 from hashlens.types import (
     MAX_K,
     BallPart,
@@ -77,6 +84,7 @@ def options_to_proto(options: SearchOptions) -> spb.SearchOptions:
         with_explanation=options.with_explanation,
         min_version=options.min_version,
         ignore_margins=options.ignore_margins,
+        packed=options.packed,
     )
 
 
@@ -95,6 +103,11 @@ def options_from_proto(message: spb.SearchOptions) -> SearchOptions:
         raise InvalidInputError(
             f"{message.rank} is no rank: use EUCLIDEAN or HAMMING", field="rank"
         )
+    if message.packed and (message.with_feature or message.with_explanation):
+        raise InvalidInputError(
+            "packed hits carry no features and no explanations: leave one of them out",
+            field="packed",
+        )
     return SearchOptions(
         k=message.k,
         max_hamming_bits=(
@@ -109,6 +122,7 @@ def options_from_proto(message: spb.SearchOptions) -> SearchOptions:
         with_explanation=message.with_explanation,
         min_version=message.min_version,
         ignore_margins=message.ignore_margins,
+        packed=message.packed,
     )
 
 
@@ -250,6 +264,7 @@ def receipt_to_proto(receipt: Receipt) -> spb.Receipt:
             fine_ns=timings.fine_ns,
             fetch_ns=timings.fetch_ns,
             total_ns=timings.total_ns,
+            batch_queries=timings.batch_queries,
         ),
         margins_used=receipt.margins_used,
     )
@@ -276,15 +291,90 @@ def receipt_from_proto(message: spb.Receipt) -> Receipt:
             fine_ns=timings.fine_ns,
             fetch_ns=timings.fetch_ns,
             total_ns=timings.total_ns,
+            batch_queries=timings.batch_queries,
         ),
         margins_used=message.margins_used,
     )
 
 
-def result_to_proto(result: SearchResult, n_bits: int) -> spb.SearchResponse:
+def packed_hits_to_proto(hits: PackedHits, n_bits: int) -> spb.PackedHits:
     """Return the wire form; `n_bits` is the width of the collection's codes."""
-    return spb.SearchResponse(
-        hits=[hit_to_proto(hit, n_bits) for hit in result.hits],
+    message = spb.PackedHits(
+        ids=hits.id_bytes,
+        id_ends=_little(hits.id_ends),
+        hamming_bits=_little(hits.hamming_bits),
+    )
+    if hits.distances is not None:
+        message.distances = _little(hits.distances)
+    if hits.payload_ends is not None:
+        message.payloads = hits.payload_bytes
+        message.payload_ends = _little(hits.payload_ends)
+    if hits.codes is not None:
+        message.codes = hits.codes.tobytes()
+        message.n_bits = n_bits
+    return message
+
+
+def packed_hits_from_proto(message: spb.PackedHits) -> PackedHits:
+    """Return read-only views of the message's bytes.
+
+    Raises
+    ------
+    InvalidInputError
+        The columns do not fit each other.
+    """
+    has_distances, has_payloads = message.HasField("distances"), message.HasField("payload_ends")
+    try:
+        hits = PackedHits(
+            id_bytes=message.ids,
+            id_ends=np.frombuffer(message.id_ends, dtype="<u4"),
+            hamming_bits=np.frombuffer(message.hamming_bits, dtype="<u2"),
+            distances=np.frombuffer(message.distances, dtype="<f4") if has_distances else None,
+            payload_bytes=message.payloads,
+            payload_ends=np.frombuffer(message.payload_ends, "<u4") if has_payloads else None,
+            codes=_codes_from_proto(message) if message.n_bits else None,
+        )
+        _check_text(hits)
+    except ValueError as error:  # NumPy's for a number cut in two, or ours
+        raise InvalidInputError(f"these are no packed hits: {error}", field="packed") from None
+    return hits
+
+
+def _codes_from_proto(message: spb.PackedHits) -> NDArray[np.uint8]:
+    shape = len(message.hamming_bits) // 2, codes.n_bytes(message.n_bits)
+    return np.frombuffer(message.codes, dtype=np.uint8).reshape(shape)
+
+
+def _check_text(hits: PackedHits) -> None:
+    """Raise ValueError unless each id is UTF-8: all of it is, and none begins inside a letter."""
+    text = hits.id_bytes.decode()
+    if len(text) != len(hits.id_bytes):
+        data = np.frombuffer(hits.id_bytes, dtype=np.uint8)
+        starts = hits.id_ends[:-1]
+        if bool(((data[starts[starts < len(data)]] & 0xC0) == 0x80).any()):
+            raise ValueError("an id ends inside a letter")
+
+
+def _little(column: NDArray[Any]) -> bytes:
+    return column.astype(column.dtype.newbyteorder("<"), copy=False).tobytes()
+
+
+def result_to_proto(
+    result: SearchResult, n_bits: int, *, packed: bool = False
+) -> spb.SearchResponse:
+    """Return the wire form.
+
+    Parameters
+    ----------
+    result
+        What to send.
+    n_bits
+        Width of the collection's codes.
+    packed
+        Send `PackedHits` as they are, else a message for each hit.
+    """
+    hits = result.hits
+    response = spb.SearchResponse(
         receipt=receipt_to_proto(result.receipt),
         explanation=(
             None
@@ -292,12 +382,39 @@ def result_to_proto(result: SearchResult, n_bits: int) -> spb.SearchResponse:
             else reply_explanation_to_proto(result.explanation, n_bits)
         ),
     )
+    if not isinstance(hits, PackedHits):
+        response.hits.extend([hit_to_proto(hit, n_bits) for hit in hits])
+    elif packed:
+        response.packed.CopyFrom(packed_hits_to_proto(hits, n_bits))
+    else:
+        _spell_out(hits, n_bits, response)
+    return response
+
+
+def _spell_out(hits: PackedHits, n_bits: int, response: spb.SearchResponse) -> None:
+    """Add a message for each hit, from the columns: making a `Hit` of it would double the cost."""
+    add = response.hits.add
+    columns = (hits.ids(), hits.hamming_bits.tolist(), hits.payloads())
+    if hits.distances is None:
+        for item_id, bits, payload in zip(*columns, strict=True):
+            add(id=item_id, hamming_bits=bits, payload=payload)
+    else:
+        for item_id, bits, payload, distance in zip(*columns, hits.distances.tolist(), strict=True):
+            add(id=item_id, hamming_bits=bits, payload=payload, distance=distance)
+    if hits.codes is not None:
+        for message, code in zip(response.hits, hits.codes, strict=True):
+            message.code.bits = code.tobytes()
+            message.code.n_bits = n_bits
 
 
 def result_from_proto(message: spb.SearchResponse) -> SearchResult:
     """Return the value."""
     return SearchResult(
-        hits=tuple(hit_from_proto(hit) for hit in message.hits),
+        hits=(
+            packed_hits_from_proto(message.packed)
+            if message.HasField("packed")
+            else tuple(hit_from_proto(hit) for hit in message.hits)
+        ),
         receipt=receipt_from_proto(message.receipt),
         explanation=(
             reply_explanation_from_proto(message.explanation)

@@ -704,6 +704,7 @@ class SearchOptions(_message.Message):
     WITH_EXPLANATION_FIELD_NUMBER: _builtins.int
     MIN_VERSION_FIELD_NUMBER: _builtins.int
     IGNORE_MARGINS_FIELD_NUMBER: _builtins.int
+    PACKED_FIELD_NUMBER: _builtins.int
     k: _builtins.int
     """Hits wanted, 1 to 100,000; required."""
     max_hamming_bits: _builtins.int
@@ -732,6 +733,10 @@ class SearchOptions(_message.Message):
     """Wait until the replica has applied this version; DEADLINE_EXCEEDED if it does not in time."""
     ignore_margins: _builtins.bool
     """Leave the query's margins |H - 0.5| out of the order, as if it came without activations."""
+    packed: _builtins.bool
+    """Return the hits as PackedHits: for many hits, several times faster to write and to read. Not
+    with with_feature or with_explanation.
+    """
     def __init__(
         self,
         *,
@@ -746,10 +751,11 @@ class SearchOptions(_message.Message):
         with_explanation: _builtins.bool = ...,
         min_version: _builtins.int = ...,
         ignore_margins: _builtins.bool = ...,
+        packed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_hamming_bits", b"_max_hamming_bits", "_max_pool", b"_max_pool", "_min_pool", b"_min_pool", "max_hamming_bits", b"max_hamming_bits", "max_pool", b"max_pool", "min_pool", b"min_pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_hamming_bits", b"_max_hamming_bits", "_max_pool", b"_max_pool", "_min_pool", b"_min_pool", "ignore_margins", b"ignore_margins", "k", b"k", "max_hamming_bits", b"max_hamming_bits", "max_pool", b"max_pool", "min_pool", b"min_pool", "min_version", b"min_version", "rank", b"rank", "with_code", b"with_code", "with_explanation", b"with_explanation", "with_feature", b"with_feature", "with_payload", b"with_payload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_hamming_bits", b"_max_hamming_bits", "_max_pool", b"_max_pool", "_min_pool", b"_min_pool", "ignore_margins", b"ignore_margins", "k", b"k", "max_hamming_bits", b"max_hamming_bits", "max_pool", b"max_pool", "min_pool", b"min_pool", "min_version", b"min_version", "packed", b"packed", "rank", b"rank", "with_code", b"with_code", "with_explanation", b"with_explanation", "with_feature", b"with_feature", "with_payload", b"with_payload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_hamming_bits: _TypeAlias = _typing.Literal["max_hamming_bits"]  # noqa: Y015
     _WhichOneofArgType__max_hamming_bits: _TypeAlias = _typing.Literal["_max_hamming_bits", b"_max_hamming_bits"]  # noqa: Y015
@@ -1020,6 +1026,7 @@ class StageTimings(_message.Message):
     FINE_NS_FIELD_NUMBER: _builtins.int
     FETCH_NS_FIELD_NUMBER: _builtins.int
     TOTAL_NS_FIELD_NUMBER: _builtins.int
+    BATCH_QUERIES_FIELD_NUMBER: _builtins.int
     wait_version_ns: _builtins.int
     """Until the replica had applied min_version."""
     encode_call_ns: _builtins.int
@@ -1034,6 +1041,10 @@ class StageTimings(_message.Message):
     """Ids, payloads, codes and features of the hits."""
     total_ns: _builtins.int
     """The whole call inside the server."""
+    batch_queries: _builtins.int
+    """How many queries, of this call and of others, shared one pass over the codes. Their answers do
+    not depend on it.
+    """
     @_builtins.property
     def encode(self) -> _encoder_service_pb2.EncodeTimings:
         """The encoder's share, for a query by image."""
@@ -1049,10 +1060,11 @@ class StageTimings(_message.Message):
         fine_ns: _builtins.int = ...,
         fetch_ns: _builtins.int = ...,
         total_ns: _builtins.int = ...,
+        batch_queries: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["encode", b"encode"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coarse_ns", b"coarse_ns", "encode", b"encode", "encode_call_ns", b"encode_call_ns", "fetch_ns", b"fetch_ns", "fine_ns", b"fine_ns", "queue_ns", b"queue_ns", "total_ns", b"total_ns", "wait_version_ns", b"wait_version_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_queries", b"batch_queries", "coarse_ns", b"coarse_ns", "encode", b"encode", "encode_call_ns", b"encode_call_ns", "fetch_ns", b"fetch_ns", "fine_ns", b"fine_ns", "queue_ns", b"queue_ns", "total_ns", b"total_ns", "wait_version_ns", b"wait_version_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1123,6 +1135,65 @@ class Receipt(_message.Message):
 Global___Receipt: _TypeAlias = Receipt  # noqa: Y015
 
 @_typing.final
+class PackedHits(_message.Message):
+    """Hits by column, best first. All numbers are little-endian and without padding between them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDS_FIELD_NUMBER: _builtins.int
+    ID_ENDS_FIELD_NUMBER: _builtins.int
+    HAMMING_BITS_FIELD_NUMBER: _builtins.int
+    DISTANCES_FIELD_NUMBER: _builtins.int
+    PAYLOADS_FIELD_NUMBER: _builtins.int
+    PAYLOAD_ENDS_FIELD_NUMBER: _builtins.int
+    CODES_FIELD_NUMBER: _builtins.int
+    N_BITS_FIELD_NUMBER: _builtins.int
+    ids: _builtins.bytes
+    """The ids, one after the other."""
+    id_ends: _builtins.bytes
+    """Where each id ends in ids: 32-bit unsigned integers, one for each hit."""
+    hamming_bits: _builtins.bytes
+    """Distance between the codes, in bits: 16-bit unsigned integers, one for each hit."""
+    distances: _builtins.bytes
+    """Euclidean distance between the features: 32-bit floats, one for each hit; absent when
+    Hamming distance alone ranked.
+    """
+    payloads: _builtins.bytes
+    """The payloads, one after the other; empty unless asked for."""
+    payload_ends: _builtins.bytes
+    """Where each payload ends in payloads, as id_ends; absent unless asked for."""
+    codes: _builtins.bytes
+    """The packed codes, ceil(n_bits / 8) bytes for each hit; empty unless asked for."""
+    n_bits: _builtins.int
+    """Length of a code; 0 unless codes are asked for."""
+    def __init__(
+        self,
+        *,
+        ids: _builtins.bytes = ...,
+        id_ends: _builtins.bytes = ...,
+        hamming_bits: _builtins.bytes = ...,
+        distances: _builtins.bytes | None = ...,
+        payloads: _builtins.bytes = ...,
+        payload_ends: _builtins.bytes | None = ...,
+        codes: _builtins.bytes = ...,
+        n_bits: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_distances", b"_distances", "_payload_ends", b"_payload_ends", "distances", b"distances", "payload_ends", b"payload_ends"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_distances", b"_distances", "_payload_ends", b"_payload_ends", "codes", b"codes", "distances", b"distances", "hamming_bits", b"hamming_bits", "id_ends", b"id_ends", "ids", b"ids", "n_bits", b"n_bits", "payload_ends", b"payload_ends", "payloads", b"payloads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__distances: _TypeAlias = _typing.Literal["distances"]  # noqa: Y015
+    _WhichOneofArgType__distances: _TypeAlias = _typing.Literal["_distances", b"_distances"]  # noqa: Y015
+    _WhichOneofReturnType__payload_ends: _TypeAlias = _typing.Literal["payload_ends"]  # noqa: Y015
+    _WhichOneofArgType__payload_ends: _TypeAlias = _typing.Literal["_payload_ends", b"_payload_ends"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__distances) -> _WhichOneofReturnType__distances | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__payload_ends) -> _WhichOneofReturnType__payload_ends | None: ...
+
+Global___PackedHits: _TypeAlias = PackedHits  # noqa: Y015
+
+@_typing.final
 class SearchResponse(_message.Message):
     """The answer to one query."""
 
@@ -1131,6 +1202,7 @@ class SearchResponse(_message.Message):
     HITS_FIELD_NUMBER: _builtins.int
     RECEIPT_FIELD_NUMBER: _builtins.int
     EXPLANATION_FIELD_NUMBER: _builtins.int
+    PACKED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hit]:
         """Best first. Fewer than k if the pool holds fewer."""
@@ -1143,16 +1215,21 @@ class SearchResponse(_message.Message):
     def explanation(self) -> Global___ReplyExplanation:
         """If asked for."""
 
+    @_builtins.property
+    def packed(self) -> Global___PackedHits:
+        """If asked for, instead of hits."""
+
     def __init__(
         self,
         *,
         hits: _abc.Iterable[Global___Hit] | None = ...,
         receipt: Global___Receipt | None = ...,
         explanation: Global___ReplyExplanation | None = ...,
+        packed: Global___PackedHits | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["explanation", b"explanation", "receipt", b"receipt"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["explanation", b"explanation", "packed", b"packed", "receipt", b"receipt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["explanation", b"explanation", "hits", b"hits", "receipt", b"receipt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["explanation", b"explanation", "hits", b"hits", "packed", b"packed", "receipt", b"receipt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

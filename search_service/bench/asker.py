@@ -19,13 +19,19 @@ from search_service.cancel import Cancel
 from search_service.kernels.compile import INT64, U64_IN, VOID, kernel
 from search_service.kernels.hamming import popcount
 from search_service.multi_index import MultiIndex, Near
-from search_service.snapshot import Snapshot
+from search_service.snapshot import Snapshot, Texts
 
 _PLANTED_FLIPS = 3
 
 
 class _NoIds:
     """The coarse stage asks for none."""
+
+    def id_texts(self) -> Texts:
+        raise NotImplementedError
+
+    def payload_texts(self) -> Texts | None:
+        raise NotImplementedError
 
     def ids_of(self, rows: NDArray[np.int64]) -> list[str]:
         raise NotImplementedError

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from search_service.snapshot import read_only
+from search_service.snapshot import Texts, read_only
 from search_service.storage.id_index import IdIndex, StoredIds
 
 
@@ -90,6 +90,14 @@ class RowsAt:
     ids: StoredIds
     payloads: NDArray[np.uint8]
     """All payloads, mapped."""
+
+    def id_texts(self) -> Texts:
+        """Return the ids of all rows as UTF-8, views."""
+        return Texts(self.ids.data, self.ids.records["id_end"])
+
+    def payload_texts(self) -> Texts:
+        """Return the payloads of all rows, views."""
+        return Texts(self.payloads, self.ids.records["payload_end"])
 
     def ids_of(self, rows: NDArray[np.int64]) -> list[str]:
         """Return the ids of rows, in the order of `rows`; int64, shape ``[n]``."""

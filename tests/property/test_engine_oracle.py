@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hashlens import codes
-from hashlens.types import Embedding, Rank, SearchOptions, SearchResult
+from hashlens.errors import CancelledError, DeadlineError, InvalidInputError
+from hashlens.packed import PackedHits
+from hashlens.types import (
+    Embedding,
+    Rank,
+    Receipt,
+    SearchOptions,
+    SearchResult,
+    StageTimings,
+)
 from search_service import coarse, fine, margins
-from search_service.engine import Engine
+from search_service.cancel import Cancel
+from search_service.engine import Ask, Engine
 from search_service.snapshot import Snapshot
 from tests.reference import search as slow
 
@@ -112,10 +123,57 @@ def compare(made: tuple[slow.Table, Snapshot, Embedding], chosen: SearchOptions)
     )
     result = ENGINE.search(snapshot, query, chosen)
     assert_same(result, want)
+    packed = ENGINE.search(snapshot, query, replace(chosen, packed=True)).hits
+    assert isinstance(packed, PackedHits)
+    assert packed.unpacked() == result.hits
     assert result.receipt.rows_scanned == snapshot.n_alive
     assert result.receipt.version == 7
     has_a_say = not by_feature or want.truncated
     assert result.receipt.margins_used == (activations is not None and has_a_say)
+
+
+@settings(max_examples=60)
+@given(st.data(), tables())
+def test_a_batch_answers_each_query_as_if_it_were_alone(data: st.DataObject, made: Any) -> None:
+    """Whatever the neighbours ask, and whichever of them cannot be answered."""
+    _, snapshot, query = made
+    asks, want = [], []
+    for _ in range(data.draw(st.integers(1, 6))):
+        chosen = replace(
+            data.draw(options(snapshot.n_bits)),
+            packed=data.draw(st.booleans()),
+            with_code=data.draw(st.booleans()),
+        )
+        kind = data.draw(st.sampled_from(["good", "good", "good", "wrong", "late", "left"]))
+        cancel = Cancel(0 if kind == "late" else None)
+        if kind == "left":
+            cancel.set()
+        asked = replace(query, code=query.code + b"\0") if kind == "wrong" else query
+        asks.append(Ask(query=asked, options=chosen, cancel=cancel))
+        refused = {"wrong": InvalidInputError, "late": DeadlineError, "left": CancelledError}
+        want.append(refused.get(kind) or ENGINE.search(snapshot, query, chosen))
+    got: dict[int, SearchResult | Exception] = {}
+
+    def deliver(number: int, answer: SearchResult | Exception) -> None:
+        assert number not in got
+        got[number] = answer
+
+    ENGINE.search_batch(snapshot, asks, deliver)
+    assert sorted(got) == list(range(len(asks)))
+    n_good = sum(isinstance(answer, SearchResult) for answer in want)
+    for number, wanted in enumerate(want):
+        answer = got[number]
+        if isinstance(wanted, type):
+            assert isinstance(answer, wanted)
+            continue
+        assert isinstance(answer, SearchResult)
+        assert tuple(answer.hits) == tuple(wanted.hits)
+        assert answer.receipt.timings.batch_queries >= n_good
+        assert without_timings(answer.receipt) == without_timings(wanted.receipt)
+
+
+def without_timings(receipt: Receipt) -> Receipt:
+    return replace(receipt, timings=StageTimings())
 
 
 @settings(max_examples=120)

@@ -17,7 +17,7 @@ from hashlens import codes
 from hashlens.errors import DeadlineError, OverloadedError, PreconditionError
 from hashlens.types import CollectionSpec, Query, SearchOptions
 from search_service import exhaustive
-from search_service.answers import Answerer
+from search_service.answers import Answerer, together
 from search_service.audit import Auditor, check_auditable
 from search_service.cancel import Cancel
 from search_service.engine import Engine, embedding_of
@@ -54,7 +54,8 @@ def answerer(executor: Executor, snapshot: Snapshot, *, allowed_s: float = 30) -
     collection: Any = SimpleNamespace(spec=spec, is_lost=False)
     images: Any = None  # No query here is one.
     return Answerer(
-        engine=Engine(),
+        together=together(Engine()),
+        is_alone=True,
         executor=executor,
         images=images,
         collection=collection,

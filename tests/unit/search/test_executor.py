@@ -3,8 +3,9 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numba
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from hashlens.errors import CancelledError, DeadlineError, OverloadedError, UnavailableError
 from search_service.cancel import Cancel
 from search_service.executor import Executor
+from search_service.jobs import Deliver, Waiting
 
 WAIT_S = 30.0
 """Longest any of these may take; none does."""
@@ -270,6 +272,150 @@ def test_work_that_does_not_notice_is_left_behind(caplog: pytest.LogCaptureFixtu
         assert "still running" in caplog.text
         gate.free.set()
         assert future.result(WAIT_S).value == "gate"
+
+
+class Together:
+    """Work for several at once; notes who came with whom, and in which thread."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[object, list[object]]] = []
+        self.threads: list[str] = []
+
+    def __call__(self, key: object, waiting: Sequence[Waiting[Any]], deliver: Deliver) -> None:
+        self.batches.append((key, [one.item for one in waiting]))
+        self.threads.append(threading.current_thread().name)
+        for number, one in enumerate(waiting):
+            if isinstance(one.item, Exception):
+                deliver(number, one.item)
+            elif one.item == "unheard of":
+                raise KeyError(one.item)
+            else:
+                deliver(number, (one.item, key))
+
+
+@pytest.fixture
+def roomy() -> Iterator[Executor]:
+    with Executor(max_queue=200) as made:
+        yield made
+
+
+def test_those_that_wait_for_the_same_are_done_together(roomy: Executor) -> None:
+    work, other = Together(), Together()
+    here, there = object(), object()
+
+    async def scenario() -> None:
+        gate = Gate()
+        tasks = [asyncio.create_task(roomy.run(gate))]
+        await begun(gate.began)
+        asked = [(work, here, 1), (work, there, 2), (work, here, 3), (other, here, 4)]
+        asked += [(work, here, 5)]
+        tasks += [
+            asyncio.create_task(roomy.run_together(each, key, item)) for each, key, item in asked
+        ]
+        await asyncio.sleep(0)
+        gate.free.set()
+        _, *results = await asyncio.gather(*tasks)
+        assert results == [(item, key) for _, key, item in asked]
+
+    asyncio.run(scenario())
+    assert work.batches == [(here, [1, 3, 5]), (there, [2])]
+    assert other.batches == [(here, [4])]
+
+
+def test_a_batch_has_a_limit(roomy: Executor) -> None:
+    work, key = Together(), object()
+
+    async def scenario() -> None:
+        gate = Gate()
+        first = asyncio.create_task(roomy.run(gate))
+        await begun(gate.began)
+        tasks = [asyncio.create_task(roomy.run_together(work, key, i)) for i in range(150)]
+        await asyncio.sleep(0)
+        gate.free.set()
+        assert await asyncio.gather(*tasks) == [(i, key) for i in range(150)]
+        await first
+
+    asyncio.run(scenario())
+    assert [len(items) for _, items in work.batches] == [64, 64, 22]
+
+
+def test_of_a_batch_each_fails_alone(roomy: Executor) -> None:
+    work, key = Together(), object()
+
+    async def scenario() -> None:
+        gate = Gate()
+        first = asyncio.create_task(roomy.run(gate))
+        await begun(gate.began)
+
+        def ask(item: object, deadline_s: float | None = None) -> asyncio.Task[Any]:
+            return asyncio.create_task(roomy.run_together(work, key, item, deadline_s=deadline_s))
+
+        good, bad, late, leaving = ask("good"), ask(ValueError("bad")), ask("late", 0.01), ask("x")
+        also_good = ask("also good")
+        await asyncio.sleep(0)
+        leaving.cancel()
+        with pytest.raises(DeadlineError):
+            await late
+        gate.free.set()
+        assert await good == ("good", key)
+        assert await also_good == ("also good", key)
+        with pytest.raises(ValueError, match="bad"):
+            await bad
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        await first
+
+    asyncio.run(scenario())
+    ((_, items),) = work.batches
+    assert [str(item) for item in items] == ["good", "bad", "also good"]
+
+
+def test_work_that_fails_tells_those_it_has_not_answered(roomy: Executor) -> None:
+    work, key = Together(), object()
+
+    async def scenario() -> None:
+        gate = Gate()
+        first = asyncio.create_task(roomy.run(gate))
+        await begun(gate.began)
+        tasks = [
+            asyncio.create_task(roomy.run_together(work, key, item))
+            for item in ("answered", "unheard of", "after it")
+        ]
+        await asyncio.sleep(0)
+        gate.free.set()
+        answered, *others = await asyncio.gather(*tasks, return_exceptions=True)
+        assert answered == ("answered", key)
+        assert [type(other) for other in others] == [KeyError, KeyError]
+        await first
+        assert await roomy.run_together(work, key, "alive") == ("alive", key)
+
+    asyncio.run(scenario())
+
+
+def test_tiny_work_is_done_at_once_unless_somebody_is_inside(roomy: Executor) -> None:
+    work, key = Together(), object()
+
+    async def scenario() -> None:
+        assert await roomy.run_together(work, key, 1, is_tiny=True) == (1, key)
+        gate = Gate()
+        first = asyncio.create_task(roomy.run(gate))
+        await begun(gate.began)
+        waits = asyncio.create_task(roomy.run_together(work, key, 2, is_tiny=True))
+        await asyncio.sleep(0.01)
+        assert not waits.done()
+        gate.free.set()
+        assert await waits == (2, key)
+        await first
+        with pytest.raises(ValueError, match="bad"):
+            await roomy.run_together(work, key, ValueError("bad"), is_tiny=True)
+        assert await roomy.run_together(work, key, 3) == (3, key)
+        roomy.close()
+        with pytest.raises(UnavailableError):
+            await roomy.run_together(work, key, 4, is_tiny=True)
+
+    asyncio.run(scenario())
+    here = threading.current_thread().name
+    assert work.threads == [here, "kernels", here, "kernels"]
 
 
 def test_the_number_of_threads_is_set_where_the_kernels_run() -> None:
