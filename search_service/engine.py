@@ -384,7 +384,8 @@ def _find_pools(
         )
         for search in searches
     ]
-    cancel = _AnyOf([search.ask.cancel for search in searches])
+    cancels = [search.ask.cancel for search in searches]
+    cancel = cancels[0] if len(cancels) == 1 else _AnyOf(cancels)
     with _threads_for(8 * snapshot.rows * len(snapshot.words) * len(searches)):
         return coarse.find_pools(snapshot, wanted, scratch=scratch, cancel=cancel, index=index)
 

@@ -1,7 +1,7 @@
 """`hashlens bench serve`: searching over gRPC, beside an empty echo on the same server.
 
 The search service runs as its own process with an embedded store, and hosts the echo (see `host`);
-the load generator runs in another (see `traffic`). They share the machine's cores, as a client on the
+the load generator in another (see `traffic`). They share the machine's cores, as a client on the
 same machine would; `server_cpu_us` tells how much of them the server took for a call.
 """
 
