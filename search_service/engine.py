@@ -186,7 +186,7 @@ class Engine:
                 try:
                     if isinstance(pool, Exception):
                         raise pool
-                    answer = search.answer(pool, began_ns, coarse_ns, len(searches))
+                    answer = search.answer(pool, coarse_ns, len(searches))
                 except Exception as error:
                     deliver(search.number, error)
                 else:
@@ -225,9 +225,7 @@ class _Search:
         self.words = codes.as_words(_packed(self.query))[:, 0]
         self.weights = margins.weights_of(self.query, options)
 
-    def answer(
-        self, pool: coarse.Pool, began_ns: int, coarse_ns: int, n_queries: int
-    ) -> SearchResult:
+    def answer(self, pool: coarse.Pool, coarse_ns: int, n_queries: int) -> SearchResult:
         """Rank a pool and fetch what the hits show."""
         own_ns = time.perf_counter_ns()
         snapshot, query, options, cancel = (
