@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hashlens import convert
 from hashlens.errors import InvalidInputError
 from hashlens.packed import PackedHits
-from hashlens.types import Hit, Receipt, SearchResult
+from hashlens.types import Hit, Receipt, SearchOptions, SearchResult
 from hashlens.v1 import search_service_pb2 as spb
 
 RECEIPT = Receipt(
@@ -158,3 +158,8 @@ def test_what_has_no_column_is_refused(other: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
         convert.options_from_proto(message)
     assert caught.value.field == "packed"
+
+
+def test_the_option_travels() -> None:
+    options = SearchOptions(k=3, packed=True)
+    assert convert.options_from_proto(convert.options_to_proto(options)) == options
