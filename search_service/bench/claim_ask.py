@@ -37,6 +37,7 @@ def search_options(
         max_pool=max_pool,
         max_hamming_bits=max_hamming_bits,
         with_payload=False,
+        packed=True,
     )
 
 
