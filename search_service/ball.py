@@ -11,6 +11,7 @@ from hashlens import codes
 from hashlens.types import Hit
 from search_service import coarse
 from search_service.cancel import Cancel
+from search_service.scan import Scratch
 from search_service.snapshot import Snapshot
 
 BLOCK_ROWS = 1 << 20
@@ -33,7 +34,7 @@ class BallScanner:
     """Finds the rows within a radius, in one block of rows. Not for two scans at once."""
 
     def __init__(self) -> None:
-        self._scratch = coarse.Scratch()
+        self._scratch = Scratch()
 
     def scan(
         self, snapshot: Snapshot, code: bytes, radius_bits: int, first_row: int, cancel: Cancel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from hashlens.errors import CancelledError, DeadlineError
 
@@ -48,3 +49,22 @@ class Cancel:
             raise CancelledError("The caller left; the work was stopped.")
         if self.is_late:
             raise DeadlineError("The deadline passed during the work. Allow more time or ask less.")
+
+
+class AnyOf(Cancel):
+    """Is up when nobody wants the work any more.
+
+    Parameters
+    ----------
+    cancels
+        Of those who want it, at least one.
+    """
+
+    def __init__(self, cancels: Sequence[Cancel]) -> None:
+        super().__init__()
+        self._cancels = cancels
+
+    def check(self) -> None:
+        """Raise what the first of them raises, once all would."""
+        if all(cancel.is_set or cancel.is_late for cancel in self._cancels):
+            self._cancels[0].check()

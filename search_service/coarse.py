@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from search_service import margins
 from search_service.cancel import Cancel
-from search_service.kernels import hamming
+from search_service.kernels import hamming, lists
 from search_service.multi_index import MultiIndex, scan_cost_ns
+from search_service.scan import SPARE_ROWS, Guesses, Scan, Scratch, sample_rows
 from search_service.snapshot import Snapshot
 
-_SCAN_ROWS = 1 << 22
-"""Rows of each thread between two looks at the cancel flag, a millisecond or two; of a batch fewer,
-as each takes longer. A multiple of GROUP_ROWS."""
+_SERIAL_BYTES = 1 << 21
+"""Codes of a table that one thread has compared before others are awake."""
 
-_SAMPLE_BLOCKS = 16
-_SAMPLE_NEAR = 32
-"""The automatic radius is guessed from so many rows that should be near enough for it: of more the
-guess would be better, but take longer than it saves."""
-
-_SAMPLE_ROWS = (1024, 1 << 14)
-"""Fewest and most rows that are looked at for a guess."""
-
-_SPARE_ROWS = 1024
-"""Room for so many rows more than a thread is expected to list."""
+_SERIAL_ROOM = 1 << 14
+"""Rows that such a search has room for at least; one with more takes the usual way."""
 
 _MAX_LISTED = 1 << 23
 """Most rows that a thread has room for at a time; a batch that takes more is cut."""
@@ -84,25 +73,6 @@ class Wanted:
     weights: NDArray[np.uint8] | None = None
     """What each bit weighs in the asymmetric distance, see `search_service.margins`: shape
     ``[n_bits]``. None: nothing, so that the first by (distance, row) are kept."""
-
-
-class Scratch:
-    """Memory for one scan, kept for the next. Not for two scans at once."""
-
-    def __init__(self) -> None:
-        self._rows = np.empty(0, dtype=np.int64)
-        self._row_bits = np.empty(0, dtype=np.uint16)
-
-    def lists(
-        self, n_parts: int, n_queries: int, room: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.uint16]]:
-        """Return arrays for `hamming.scan` to list rows in, shape as asked."""
-        n = n_parts * n_queries * room
-        if self._rows.shape[0] < n:
-            self._rows = np.empty(n, dtype=np.int64)
-            self._row_bits = np.empty(n, dtype=np.uint16)
-        shape = (n_parts, n_queries, room)
-        return self._rows[:n].reshape(shape), self._row_bits[:n].reshape(shape)
 
 
 def find_pool(
@@ -174,7 +144,14 @@ def find_pools(
     pending = [i for i in range(len(wanted)) if i not in pools]
     if not pending:
         return [pools[i] for i in range(len(wanted))]
-    guesses = _Guesses(snapshot, queries, n_rows)
+    if len(pending) == 1 and _is_small(snapshot):
+        i = pending[0]
+        found = _find_serially(snapshot, queries[i : i + 1], wanted[i], int(n_rows[i]), scratch)
+        if found is not None:
+            cancel.check()
+            pools[i] = _cut(snapshot, wanted[i], found, found.ball.shape[0] - 1, cancel)
+            return [pools[i] for i in range(len(wanted))]
+    guesses = Guesses(snapshot, queries, n_rows)
     ceilings = [
         guesses.ceiling(i, int(n_rows[i])) if one.radius_bits is None else one.radius_bits
         for i, one in enumerate(wanted)
@@ -182,7 +159,7 @@ def find_pools(
     rooms = {i: guesses.room(i, ceilings[i]) for i in pending}
     while pending:
         part = _as_fit(pending, rooms)
-        scan = _Scan(
+        scan = Scan(
             snapshot,
             queries[part],
             ceilings=[ceilings[i] for i in part],
@@ -220,6 +197,54 @@ class _Found:
     n_compared: int
 
 
+def compile_kernels() -> None:
+    """Compile now what a search of a large table would have to wait for."""
+    for compiled in (hamming.scan, hamming.sample, hamming.find, lists.settle, lists.gather):
+        compiled.compile()
+
+
+def _is_small(snapshot: Snapshot) -> bool:
+    return 8 * len(snapshot.words) * snapshot.rows <= _SERIAL_BYTES
+
+
+def _find_serially(
+    snapshot: Snapshot,
+    query: NDArray[np.uint64],
+    wanted: Wanted,
+    n_wanted: int,
+    scratch: Scratch,
+) -> _Found | None:
+    """Search a small table in one call of one thread; None if it has to be done otherwise."""
+    room = min(snapshot.rows, max(4 * n_wanted, _SERIAL_ROOM))
+    rows, row_bits = (one[0, 0] for one in scratch.lists(1, 1, room))
+    counts = np.empty(snapshot.n_bits + 1, dtype=np.int64)
+    radius_bits = hamming.find(
+        snapshot.columns,
+        query,
+        _NO_FLAGS if snapshot.dead is None else snapshot.dead,
+        snapshot.rows,
+        snapshot.n_alive,
+        -1 if wanted.radius_bits is None else wanted.radius_bits,
+        n_wanted,
+        sample_rows(snapshot.rows, n_wanted),
+        rows,
+        row_bits,
+        counts,
+    )
+    if radius_bits < 0:
+        return None
+    ball = counts[: radius_bits + 1].cumsum()
+
+    def inside(radius: int, n: int) -> tuple[NDArray[np.int64], NDArray[np.uint16]]:
+        listed, distances = rows[: ball[-1]], row_bits[: ball[-1]]
+        if radius == radius_bits:
+            return listed.copy(), distances.copy()  # The scratch is the next search's.
+        near = distances <= radius
+        return listed[near], distances[near]
+
+    return _Found(ball, inside, snapshot.n_alive)
+
+
 def _from_index(
     snapshot: Snapshot,
     index: MultiIndex,
@@ -248,9 +273,9 @@ def _from_index(
                 break
         else:
             return None
-    room = _SPARE_ROWS
+    room = SPARE_ROWS
     while True:
-        rest = _Scan(
+        rest = Scan(
             snapshot,
             wanted.query[np.newaxis],
             ceilings=[radius_bits],
@@ -279,149 +304,6 @@ def _from_index(
         threshold_bits = int(ball.searchsorted(n_wanted))
     found = _Found(ball, rows, near.n_compared + snapshot.rows - index.rows)
     return _cut(snapshot, wanted, found, threshold_bits, cancel)
-
-
-class _Guesses:
-    """What a few rows tell of where the nearest ones are.
-
-    A wrong guess costs time and never an answer: what is too high lists rows that are not wanted,
-    what is too low is noticed.
-    """
-
-    def __init__(
-        self, snapshot: Snapshot, queries: NDArray[np.uint64], n_wanted: NDArray[np.int64]
-    ) -> None:
-        rows = snapshot.rows
-        fewest, most = _SAMPLE_ROWS
-        fewest_wanted = min((n for n in n_wanted.tolist() if n > 0), default=rows)
-        n_sampled = min(max(_SAMPLE_NEAR * rows // max(fewest_wanted, 1), fewest), most)
-        n_blocks, block_rows = _SAMPLE_BLOCKS, n_sampled // _SAMPLE_BLOCKS
-        if rows <= 2 * n_sampled:
-            n_blocks, block_rows = 1, rows
-        counts = np.zeros((queries.shape[0], snapshot.n_bits + 1), dtype=np.int64)
-        dead = _NO_FLAGS if snapshot.dead is None else snapshot.dead
-        self._n_sampled = hamming.sample(
-            snapshot.columns, queries, dead, rows, n_blocks, block_rows, counts
-        )
-        self._n_alive = snapshot.n_alive
-        self._n_bits = snapshot.n_bits
-        self._within = counts.cumsum(axis=1)
-
-    @property
-    def _is_exact(self) -> bool:
-        return bool(self._n_sampled == self._n_alive)
-
-    def ceiling(self, query: int, n_wanted: int) -> int:
-        """Return a radius that most probably holds `n_wanted` rows, and not many more."""
-        if n_wanted == 0:
-            return 0
-        expected = n_wanted * self._n_sampled / self._n_alive
-        if not self._is_exact:
-            expected += 3 * math.sqrt(expected) + 2
-        return min(int(self._within[query].searchsorted(expected)), self._n_bits)
-
-    def higher(self, query: int, ceiling: int) -> int:
-        """Return a radius for who did not find enough within `ceiling`."""
-        more = 4 * self._within[query, ceiling] + 16
-        return min(max(int(self._within[query].searchsorted(more)), ceiling + 1), self._n_bits)
-
-    def room(self, query: int, ceiling: int) -> int:
-        """Return how many rows a thread will most probably find within a radius."""
-        found = float(self._within[query, ceiling])
-        if not self._is_exact:
-            found += 3 * math.sqrt(found) + 2
-            found *= self._n_alive / max(self._n_sampled, 1)
-        return int(min(found, self._n_alive)) // numba.get_num_threads() + _SPARE_ROWS
-
-
-class _Scan:
-    """One pass over the codes with some queries."""
-
-    def __init__(
-        self,
-        snapshot: Snapshot,
-        queries: NDArray[np.uint64],
-        *,
-        ceilings: list[int],
-        n_wanted: NDArray[np.int64],
-        room: int,
-        scratch: Scratch,
-        cancel: Cancel,
-        first_row: int = 0,
-    ) -> None:
-        self._first_row = first_row
-        n_queries, n_parts = queries.shape[0], numba.get_num_threads()
-        self._states = np.zeros((n_parts, n_queries, hamming.N_STATE), dtype=np.int64)
-        self._states[:, :, hamming.CEILING] = ceilings
-        self._states[:, :, hamming.NEAREST_MISSED] = hamming.NEVER
-        self._counts = np.zeros((n_parts, n_queries, snapshot.n_bits + 1), dtype=np.int64)
-        self._rows, self._row_bits = scratch.lists(n_parts, n_queries, room)
-        self._run(snapshot, queries, n_wanted, cancel)
-        self._balls = np.empty((n_queries, snapshot.n_bits + 1), dtype=np.int64)
-        self._summary = np.empty((n_queries, 2), dtype=np.int64)
-        hamming.settle(self._states, self._counts, self._balls, self._summary)
-
-    def ball(self, query: int) -> NDArray[np.int64]:
-        """Return how many rows there are within each radius up to the query's ceiling."""
-        return self._balls[query, : self._summary[query, 0] + 1]
-
-    def has_all(self, query: int, radius_bits: int) -> bool:
-        """Tell whether all rows within a radius are listed."""
-        return bool(self._summary[query, 1] > radius_bits)
-
-    def room_for(self, query: int, radius_bits: int) -> int:
-        """Return how many rows within a radius a part has at most."""
-        return int(self._counts[:, query, : radius_bits + 1].sum(axis=1).max())
-
-    def rows(
-        self, query: int, radius_bits: int, n: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.uint16]]:
-        """Return the `n` rows within a radius, and their distances."""
-        rows = np.empty(n, dtype=np.int64)
-        row_bits = np.empty(n, dtype=np.uint16)
-        found = hamming.gather(
-            self._states, self._rows, self._row_bits, query, radius_bits, rows, row_bits
-        )
-        assert found == n, "scan counts and lists differently"
-        return rows, row_bits
-
-    def _run(
-        self,
-        snapshot: Snapshot,
-        queries: NDArray[np.uint64],
-        n_wanted: NDArray[np.int64],
-        cancel: Cancel,
-    ) -> None:
-        n_parts = self._states.shape[0]
-        first_row = self._first_row
-        n_groups = (snapshot.rows - first_row) // hamming.GROUP_ROWS
-        edges = [
-            first_row + n_groups * part // n_parts * hamming.GROUP_ROWS for part in range(n_parts)
-        ]
-        edges.append(snapshot.rows)
-        groups = np.empty((n_parts, hamming.BLOCK_GROUPS + 1), dtype=np.int64)
-        members = np.empty((n_parts, hamming.BLOCK_GROUPS + 1), dtype=np.uint64)
-        dead = _NO_FLAGS if snapshot.dead is None else snapshot.dead
-        step = max(_SCAN_ROWS // queries.shape[0] // hamming.GROUP_ROWS, 1) * hamming.GROUP_ROWS
-        for done in range(0, edges[-1] - edges[-2], step):  # The last part is the longest.
-            cancel.check()
-            starts = [min(edge + done, end) for edge, end in pairwise(edges)]
-            stops = [min(start + step, end) for start, end in zip(starts, edges[1:], strict=True)]
-            hamming.scan(
-                snapshot.columns,
-                queries,
-                dead,
-                np.array(starts, dtype=np.int64),
-                np.array(stops, dtype=np.int64),
-                n_wanted,
-                self._states,
-                self._counts,
-                self._rows,
-                self._row_bits,
-                groups,
-                members,
-            )
-        cancel.check()
 
 
 def _as_fit(pending: list[int], rooms: dict[int, int]) -> list[int]:

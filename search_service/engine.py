@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,16 +28,18 @@ from hashlens.types import (
     SearchResult,
     StageTimings,
 )
-from search_service import coarse, explain, fine, margins, sketch
-from search_service.cancel import Cancel
+from search_service import coarse, explain, fine, margins, multi_index, sketch
+from search_service.cancel import AnyOf, Cancel
 from search_service.columns import packed_hits
 from search_service.fits import check_options, check_query
 from search_service.index_keeper import IndexKeeper
 from search_service.kernels import select
-from search_service.multi_index import MultiIndex, compile_kernels
+from search_service.multi_index import MultiIndex
+from search_service.scan import Scratch
 from search_service.sketch import Sketch
 from search_service.sketches import Sketches
 from search_service.snapshot import Snapshot
+from search_service.threads import threads_for
 
 Deliver = Callable[[int, "SearchResult | Exception"], None]
 """Takes the position of a query and its answer, as soon as that is there."""
@@ -57,10 +57,6 @@ class Ask:
     asked_ns: int = 0
     """When it began to wait, on the clock of `time.perf_counter_ns`; 0 if it did not."""
 
-
-_BYTES_PER_THREAD = 1 << 20
-"""Read by a kernel for each thread that it uses: waking one for less costs more than it saves, and
-where the cores are busy, waiting for it costs much more."""
 
 _TINY_CODE_BYTES = 1 << 21
 _TINY_FEATURE_BYTES = 1 << 25
@@ -99,7 +95,7 @@ class Engine:
     ) -> None:
         self._sketches = sketches
         self._indexes = indexes
-        self._scratch = coarse.Scratch()
+        self._scratch = Scratch()
         self._turn = threading.Lock()
 
     def search(
@@ -220,6 +216,7 @@ class Engine:
         snapshot = Snapshot.from_arrays(
             np.zeros((2, 1), dtype=np.uint8), n_bits=8, features=np.zeros((2, 1), dtype=np.float32)
         )
+        coarse.compile_kernels()
         stored = embedding_of(snapshot, "0")
         self.search(snapshot, stored)
         sure = replace(stored, activations=np.zeros(8, dtype=np.float32))
@@ -227,7 +224,7 @@ class Engine:
         if self._sketches is not None:
             sketch.warm_up()
         if self._indexes is not None:
-            compile_kernels()
+            multi_index.compile_kernels()
 
 
 class _Search:
@@ -273,7 +270,7 @@ class _Search:
                 rows, hamming_bits = rows[has_feature], hamming_bits[has_feature]
                 n_unranked = pool.rows.shape[0] - rows.shape[0]
             vector = np.ascontiguousarray(query.feature, dtype=np.float32)
-            with _threads_for(rows.shape[0] * snapshot.dim * snapshot.feature_dtype.n_bytes):
+            with threads_for(rows.shape[0] * snapshot.dim * snapshot.feature_dtype.n_bytes):
                 rows, hamming_bits, distances = fine.rank(
                     snapshot, rows, hamming_bits, vector, options.k, cancel, known
                 )
@@ -352,23 +349,10 @@ class _Search:
         )
 
 
-class _AnyOf(Cancel):
-    """Is up when nobody wants the work any more."""
-
-    def __init__(self, cancels: Sequence[Cancel]) -> None:
-        super().__init__()
-        self._cancels = cancels
-
-    def check(self) -> None:
-        """Raise what the first of them raises, once all would."""
-        if all(cancel.is_set or cancel.is_late for cancel in self._cancels):
-            self._cancels[0].check()
-
-
 def _find_pools(
     snapshot: Snapshot,
     searches: Sequence[_Search],
-    scratch: coarse.Scratch,
+    scratch: Scratch,
     index: MultiIndex | None,
 ) -> list[coarse.Pool]:
     """Find the pool of each query, in one pass over the codes."""
@@ -385,33 +369,18 @@ def _find_pools(
         for search in searches
     ]
     cancels = [search.ask.cancel for search in searches]
-    cancel = cancels[0] if len(cancels) == 1 else _AnyOf(cancels)
-    with _threads_for(8 * snapshot.rows * len(snapshot.words) * len(searches)):
+    cancel = cancels[0] if len(cancels) == 1 else AnyOf(cancels)
+    with threads_for(8 * snapshot.rows * len(snapshot.words) * len(searches)):
         return coarse.find_pools(snapshot, wanted, scratch=scratch, cancel=cancel, index=index)
 
 
 def _pool_or_error(
-    snapshot: Snapshot, search: _Search, scratch: coarse.Scratch, index: MultiIndex | None
+    snapshot: Snapshot, search: _Search, scratch: Scratch, index: MultiIndex | None
 ) -> coarse.Pool | Exception:
     try:
         return _find_pools(snapshot, [search], scratch, index)[0]
     except Exception as error:
         return error
-
-
-@contextmanager
-def _threads_for(n_bytes: int) -> Iterator[None]:
-    """Let kernels use as many threads as it takes to read so much, up to as many as they have."""
-    most = numba.get_num_threads()
-    n_threads = min(most, 1 + n_bytes // _BYTES_PER_THREAD)
-    if n_threads == most:
-        yield
-        return
-    numba.set_num_threads(n_threads)
-    try:
-        yield
-    finally:
-        numba.set_num_threads(most)
 
 
 def embedding_of(snapshot: Snapshot, item_id: str) -> Embedding:

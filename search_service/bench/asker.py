@@ -17,8 +17,9 @@ from search_service.bench.data import CodeSet
 from search_service.bench.report import WrongAnswerError
 from search_service.cancel import Cancel
 from search_service.kernels.compile import INT64, U64_IN, VOID, kernel
-from search_service.kernels.hamming import popcount
+from search_service.kernels.vectors import popcount
 from search_service.multi_index import MultiIndex, Near
+from search_service.scan import Scratch
 from search_service.snapshot import Snapshot, Texts
 
 _PLANTED_FLIPS = 3
@@ -73,7 +74,7 @@ class Asker:
         self._snapshot = snapshot
         self._table = table
         self._queries = np.ascontiguousarray(codes.as_words(table.queries).T)
-        self._scratch = coarse.Scratch()
+        self._scratch = Scratch()
         self._out = np.empty(snapshot.rows, dtype=np.uint8)
 
     def pool(

@@ -26,7 +26,7 @@ from search_service.kernels.compile import (
     helper,
     kernel,
 )
-from search_service.kernels.hamming import popcount, word_at
+from search_service.kernels.vectors import popcount, word_at
 
 _U32_OUT = types.Array(types.uint32, 1, "C")
 _U32_IN = types.Array(types.uint32, 1, "C", readonly=True)

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hashlens import codes
-from search_service import coarse
+from search_service import coarse, scan
 from search_service.cancel import Cancel
+from search_service.scan import Scratch
 from search_service.snapshot import Snapshot
 from tests.reference.kernels import hamming
 
@@ -65,31 +66,63 @@ def assert_right(pool: coarse.Pool, snapshot: Snapshot, wanted: coarse.Wanted) -
 
 
 def find(snapshot: Snapshot, wanted: list[coarse.Wanted]) -> list[coarse.Pool]:
-    return coarse.find_pools(snapshot, wanted, scratch=coarse.Scratch(), cancel=Cancel())
+    return coarse.find_pools(snapshot, wanted, scratch=Scratch(), cancel=Cancel())
 
 
-@given(questions())
-def test_pools_equal_brute_force(question: tuple[Snapshot, list[coarse.Wanted]]) -> None:
+@given(questions(), st.sampled_from([0, 1 << 21]))
+def test_pools_equal_brute_force(
+    question: tuple[Snapshot, list[coarse.Wanted]], serial_bytes: int
+) -> None:
     snapshot, wanted = question
-    pools = find(snapshot, wanted)
+    with pytest.MonkeyPatch.context() as patch:
+        # Small tables are searched in one call unless that is turned off.
+        patch.setattr(coarse, "_SERIAL_BYTES", serial_bytes)
+        pools = find(snapshot, wanted)
     assert len(pools) == len(wanted)
     for pool, one in zip(pools, wanted, strict=True):
         assert_right(pool, snapshot, one)
 
 
-@given(questions(), st.sampled_from([0, 1, 20]), st.sampled_from([0, 50, 1000]))
+@given(
+    questions(),
+    st.sampled_from([0, 1, 20]),
+    st.sampled_from([0, 50, 1000]),
+    st.sampled_from([0, 1 << 21]),
+)
 def test_bad_guesses_and_little_room_change_nothing(
-    question: tuple[Snapshot, list[coarse.Wanted]], spare_rows: int, max_listed: int
+    question: tuple[Snapshot, list[coarse.Wanted]],
+    spare_rows: int,
+    max_listed: int,
+    serial_bytes: int,
 ) -> None:
     snapshot, wanted = question
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(coarse, "_SPARE_ROWS", spare_rows)
+        patch.setattr(scan, "SPARE_ROWS", spare_rows)
         patch.setattr(coarse, "_MAX_LISTED", max_listed)
-        patch.setattr(coarse, "_SAMPLE_ROWS", (16, 16))
-        patch.setattr(coarse, "_SCAN_ROWS", 64)
+        patch.setattr(scan, "_SAMPLE_ROWS", (16, 16))
+        patch.setattr(scan, "_SCAN_ROWS", 64)
+        patch.setattr(coarse, "_SERIAL_BYTES", serial_bytes)
+        patch.setattr(coarse, "_SERIAL_ROOM", spare_rows)
         pools = find(snapshot, wanted)
     for pool, one in zip(pools, wanted, strict=True):
         assert_right(pool, snapshot, one)
+
+
+def test_a_pool_stays_as_it_is_when_the_scratch_is_used_again() -> None:
+    packed = np.random.default_rng(1).integers(0, 256, (500, 8), dtype=np.uint8)
+    snapshot, scratch = Snapshot.from_arrays(packed, n_bits=64), Scratch()
+    wanted = [
+        coarse.Wanted(query=codes.as_words(packed[row : row + 1])[:, 0], radius_bits=30, n_rows=0)
+        for row in (1, 2)
+    ]
+    for serial_bytes in (0, 1 << 21):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(coarse, "_SERIAL_BYTES", serial_bytes)
+            first, _ = (
+                coarse.find_pools(snapshot, [one], scratch=scratch, cancel=Cancel())[0]
+                for one in wanted
+            )
+        assert_right(first, snapshot, wanted[0])
 
 
 def test_no_queries_no_pools() -> None:

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hashlens import codes
-from search_service.kernels import hamming
+from search_service.kernels import hamming, lists
+from search_service.kernels.vectors import GROUP_ROWS
 from tests.reference import kernels as slow
 
 NO_FLAGS = np.empty(0, dtype=np.uint8)
@@ -64,8 +65,8 @@ def tables(draw: st.DrawFn) -> Table:
 
 
 def edges_of(rows: int, n_parts: int) -> list[int]:
-    n_groups = rows // hamming.GROUP_ROWS
-    return [n_groups * i // n_parts * hamming.GROUP_ROWS for i in range(n_parts)] + [rows]
+    n_groups = rows // GROUP_ROWS
+    return [n_groups * i // n_parts * GROUP_ROWS for i in range(n_parts)] + [rows]
 
 
 def words_of(queries: np.ndarray) -> np.ndarray:
@@ -95,7 +96,7 @@ def scan(
     )
     found.states[:, :, hamming.CEILING] = ceiling
     found.states[:, :, hamming.NEAREST_MISSED] = hamming.NEVER
-    step = 2 * hamming.GROUP_ROWS
+    step = 2 * GROUP_ROWS
     for done in range(0, max(edges[-1] - edges[-2], 1), step):
         starts = np.array([min(edges[i] + done, edges[i + 1]) for i in range(n_parts)])
         stops = np.array([min(int(starts[i]) + step, edges[i + 1]) for i in range(n_parts)])
@@ -173,7 +174,7 @@ def test_parts_add_up_and_come_together(table: Table, radius: int, n_parts: int)
     n_queries = len(table.queries)
     balls = np.full((n_queries, table.n_bits + 1), -1, dtype=np.int64)
     summary = np.full((n_queries, 2), -1, dtype=np.int64)
-    hamming.settle(found.states, found.counts, balls, summary)
+    lists.settle(found.states, found.counts, balls, summary)
     for query in range(n_queries):
         bits = [distance for _, distance in expected(table, query)]
         assert balls[query].tolist() == [
@@ -188,7 +189,7 @@ def test_parts_add_up_and_come_together(table: Table, radius: int, n_parts: int)
             if pair[1] <= radius
         ]
         rows, row_bits = np.empty(len(want), np.int64), np.empty(len(want), np.uint16)
-        n = hamming.gather(found.states, found.rows, found.row_bits, query, radius, rows, row_bits)
+        n = lists.gather(found.states, found.rows, found.row_bits, query, radius, rows, row_bits)
         assert n == len(want)
         assert list(zip(rows.tolist(), row_bits.tolist(), strict=True)) == want
 
@@ -297,7 +298,7 @@ def mapped(path: Path, array: np.ndarray) -> np.ndarray:
 
 
 def gathering(rows: np.ndarray, out: np.ndarray) -> None:
-    hamming.gather(
+    lists.gather(
         np.zeros((1, 1, hamming.N_STATE), dtype=np.int64),
         rows,
         np.zeros((1, 1, 1), dtype=np.uint16),

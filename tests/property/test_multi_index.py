@@ -13,6 +13,7 @@ from hashlens import codes
 from search_service import coarse, multi_index
 from search_service.cancel import Cancel
 from search_service.multi_index import MultiIndex
+from search_service.scan import Scratch
 from search_service.snapshot import Snapshot
 from tests.reference.kernels import hamming
 
@@ -87,10 +88,10 @@ def test_a_pool_by_the_index_equals_the_scan_s(
         )
         for max_rows in (None, 3)
     ]
-    scratch, cancel = coarse.Scratch(), Cancel()
+    scratch, cancel = Scratch(), Cancel()
     by_scan = coarse.find_pools(snapshot, wanted, scratch=scratch, cancel=cancel)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(coarse, "_SPARE_ROWS", 2)
+        patch.setattr(coarse, "SPARE_ROWS", 2)
         patch.setattr(coarse, "_INDEX_SHARE", math.inf)
         patch.setattr(coarse, "_TRIAL_SHARE", 1e6)  # cheap enough to be tried at any size
         by_index = coarse.find_pools(snapshot, wanted, scratch=scratch, cancel=cancel, index=index)
@@ -119,7 +120,7 @@ def test_the_index_is_asked_where_it_is_cheaper_and_only_there() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(coarse, "_INDEX_SHARE", 2.0)  # a table this small is scanned at once
             (pool,) = coarse.find_pools(
-                snapshot, wanted, scratch=coarse.Scratch(), cancel=Cancel(), index=index
+                snapshot, wanted, scratch=Scratch(), cancel=Cancel(), index=index
             )
         assert (pool.n_compared < snapshot.rows) == is_cheaper
         assert 7 in pool.rows

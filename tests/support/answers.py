@@ -27,16 +27,16 @@ from search_service.snapshot import Snapshot
 
 def digest(n_threads: int) -> str:
     rng = np.random.default_rng(5)
-    n = 20_000
-    packed = codes.pack(rng.random((n, 100)) < 0.5)
+    # One that all threads scan and two that one thread does.
+    tables = ((140_000, np.float32, 1), (20_000, np.float16, 1e-6), (20_000, np.float16, 100))
     snapshots = [
         Snapshot.from_arrays(
-            packed,
+            codes.pack(rng.random((n, 100)) < 0.5),
             n_bits=100,
             features=(rng.standard_normal((n, 37)) * scale).astype(dtype),
             rows_per_segment=1024,
         )
-        for dtype, scale in ((np.float32, 1), (np.float16, 1e-6), (np.float16, 100))
+        for n, dtype, scale in tables
     ]
     options = SearchOptions(k=50, min_pool=3000)
     soft = replace(options, rank=Rank.HAMMING)

@@ -22,17 +22,17 @@ FULL_DISK = """
 import logging, resource
 import numpy as np
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-from search_service.kernels import hamming
+from search_service.kernels import hamming, lists
 states = np.zeros((1, 1, hamming.N_STATE), dtype=np.int64)
 states[0, 0, hamming.N_STORED] = 1
 rows, bits = np.array([[[5]]]), np.array([[[7]]], dtype=np.uint16)
 out = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.uint16)
-print(hamming.gather(states, rows, bits, 0, 9, *out))
+print(lists.gather(states, rows, bits, 0, 9, *out))
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # from here on every write to a file fails
 counts = np.zeros((1, 1, 10), dtype=np.int64)
 counts[0, 0, 7] = 1
 balls, summary = np.zeros((1, 10), dtype=np.int64), np.zeros((1, 2), dtype=np.int64)
-hamming.settle(states, counts, balls, summary)
+lists.settle(states, counts, balls, summary)
 print(balls[0, 7])
 """
 
@@ -122,7 +122,7 @@ def test_the_cache_is_used_until_the_disk_is_full(tmp_path: Path) -> None:
     done = python("-c", FULL_DISK, NUMBA_CACHE_DIR=str(tmp_path))
     assert done.stdout == "1\n1\n"
     assert "gather: not cached" not in done.stderr
-    assert list(tmp_path.rglob("hamming.gather*.nbc"))
+    assert list(tmp_path.rglob("lists.gather*.nbc"))
     assert "settle: not cached" in done.stderr
 
 

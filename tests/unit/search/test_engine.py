@@ -17,7 +17,7 @@ from hashlens.errors import (
     PreconditionError,
 )
 from hashlens.types import Embedding, Rank, SearchOptions
-from search_service import coarse, fine
+from search_service import coarse, fine, scan
 from search_service.cancel import Cancel
 from search_service.engine import Engine, embedding_of
 from search_service.snapshot import Snapshot
@@ -305,7 +305,8 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, n_bits: int) -> 
         return [(result.hits, result.receipt.pool_histogram) for result in results]
 
     whole = answers()
-    monkeypatch.setattr(coarse, "_SCAN_ROWS", 64)
+    monkeypatch.setattr(coarse, "_SERIAL_BYTES", 0)
+    monkeypatch.setattr(scan, "_SCAN_ROWS", 64)
     monkeypatch.setattr(fine, "_BLOCK_ROWS", 7)
     assert answers() == whole
 
@@ -422,7 +423,8 @@ class CancelsItself(Cancel):
 
 
 def test_a_long_search_stops_between_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coarse, "_SCAN_ROWS", 64)
+    monkeypatch.setattr(coarse, "_SERIAL_BYTES", 0)
+    monkeypatch.setattr(scan, "_SCAN_ROWS", 64)
     snapshot = make(n=1000)
     query = embedding_of(snapshot, "0")
     n_polls = 0
