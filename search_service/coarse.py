@@ -130,6 +130,11 @@ def find_pools(
     """
     if not wanted:
         return []
+    if len(wanted) == 1 and _is_small(snapshot):
+        found = _find_serially(snapshot, wanted[0], scratch)
+        if found is not None:
+            cancel.check()
+            return [_cut(snapshot, wanted[0], found, found.ball.shape[0] - 1, cancel)]
     queries = np.stack([one.query for one in wanted])
     n_rows = np.array(
         [min(one.n_rows, snapshot.n_alive) if one.radius_bits is None else 0 for one in wanted],
@@ -144,13 +149,6 @@ def find_pools(
     pending = [i for i in range(len(wanted)) if i not in pools]
     if not pending:
         return [pools[i] for i in range(len(wanted))]
-    if len(pending) == 1 and _is_small(snapshot):
-        i = pending[0]
-        found = _find_serially(snapshot, queries[i : i + 1], wanted[i], int(n_rows[i]), scratch)
-        if found is not None:
-            cancel.check()
-            pools[i] = _cut(snapshot, wanted[i], found, found.ball.shape[0] - 1, cancel)
-            return [pools[i] for i in range(len(wanted))]
     guesses = Guesses(snapshot, queries, n_rows)
     ceilings = [
         guesses.ceiling(i, int(n_rows[i])) if one.radius_bits is None else one.radius_bits
@@ -207,20 +205,15 @@ def _is_small(snapshot: Snapshot) -> bool:
     return 8 * len(snapshot.words) * snapshot.rows <= _SERIAL_BYTES
 
 
-def _find_serially(
-    snapshot: Snapshot,
-    query: NDArray[np.uint64],
-    wanted: Wanted,
-    n_wanted: int,
-    scratch: Scratch,
-) -> _Found | None:
+def _find_serially(snapshot: Snapshot, wanted: Wanted, scratch: Scratch) -> _Found | None:
     """Search a small table in one call of one thread; None if it has to be done otherwise."""
+    n_wanted = 0 if wanted.radius_bits is not None else min(wanted.n_rows, snapshot.n_alive)
     room = min(snapshot.rows, max(4 * n_wanted, _SERIAL_ROOM))
     rows, row_bits = (one[0, 0] for one in scratch.lists(1, 1, room))
     counts = np.empty(snapshot.n_bits + 1, dtype=np.int64)
     radius_bits = hamming.find(
         snapshot.columns,
-        query,
+        wanted.query[np.newaxis],
         _NO_FLAGS if snapshot.dead is None else snapshot.dead,
         snapshot.rows,
         snapshot.n_alive,
@@ -339,7 +332,8 @@ def _cut(
             at_edge = at_edge[_farthest(asymmetric, rows.shape[0] - max_rows)]
         surplus = at_edge[max_rows - rows.shape[0] :]
         rows, hamming_bits = np.delete(rows, surplus), np.delete(hamming_bits, surplus)
-    histogram = np.diff(ball, prepend=0)
+    histogram = ball.copy()
+    histogram[1:] -= ball[:-1]
     return Pool(rows, hamming_bits, threshold_bits, histogram, truncated, found.n_compared)
 
 
