@@ -360,7 +360,7 @@ class Receipt:
     """How an answer came about."""
 
     rows_scanned: int
-    """Alive rows compared in the coarse stage."""
+    """Codes compared in the coarse stage: those of all alive rows, or fewer by an index."""
     threshold_bits: int
     """The Hamming distance within which rows formed the pool."""
     pool_size: int

@@ -1087,7 +1087,9 @@ class Receipt(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     MARGINS_USED_FIELD_NUMBER: _builtins.int
     rows_scanned: _builtins.int
-    """Alive rows that the coarse stage compared."""
+    """Codes that the coarse stage compared: those of all alive rows, or fewer where an index spared it
+    the others. The answer is the same.
+    """
     threshold_bits: _builtins.int
     """The Hamming distance within which rows formed the pool."""
     pool_size: _builtins.int
