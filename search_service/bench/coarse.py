@@ -179,7 +179,9 @@ def _line(
         if call is not None:
             contenders[peer.name] = call
     times = timing.interleaved(contenders, repeats=config.repeats)
-    ours_ms = times.pop("ours").median_ms / share
+    mine = times.pop("ours")
+    ours_ms = mine.median_ms / share
+    first_ms = float(np.median(mine.first_ms)) / share
     return Measured(
         case=case,
         rows=snapshot.rows,
@@ -189,7 +191,7 @@ def _line(
         peer_ms={name: found.median_ms / share for name, found in times.items()},
         gb_per_s=bytes_read / share / ours_ms / 1e6 if reads_all else None,
         recall=1.0,
-        extra=extra or {},
+        extra={"first_ms": first_ms, **(extra or {})},
     )
 
 

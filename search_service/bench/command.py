@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -94,9 +93,6 @@ class _Benches(click.Group):
         """Return one."""
         if cmd_name not in _BENCHES:
             return None
-        # OpenMP's threads spin while they wait, and take the cores from whoever is timed next. It
-        # reads this when it is loaded; the search service does the same.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         command = getattr(importlib.import_module(f"search_service.bench.{cmd_name}"), cmd_name)
         assert isinstance(command, click.Command)
         return command

@@ -1,8 +1,8 @@
 """Timing several contenders in turn, so that a machine's moods meet them all alike.
 
-Each turn is a short burst of calls whose first does not count: it finds the caches as the one
+Each turn is a short burst of calls whose first few do not count: they find the caches as the one
 before left them, which says more about the neighbour than about the contender. Steady traffic does
-not meet that.
+not meet that. The very first call of each turn is reported by itself.
 """
 
 from __future__ import annotations
@@ -17,8 +17,15 @@ import numpy as np
 MIN_REPEATS = 5
 """Rounds of which a median is taken, whatever the budget."""
 
-BURST = 3
+BURST = 5
 """Calls of one turn that count."""
+
+SETTLING = 3
+"""Calls of one turn before those."""
+
+_PAUSE_S = 0.01
+"""Between two turns: OpenMP's threads spin for a while before they sleep, and each library has
+threads of its own that would take the cores from the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +33,8 @@ class Times:
     """What one contender took, in milliseconds."""
 
     samples_ms: tuple[float, ...]
+    first_ms: tuple[float, ...] = ()
+    """The first call of each turn, in caches full of others' data."""
 
     @property
     def median_ms(self) -> float:
@@ -44,7 +53,7 @@ def interleaved(
     warmups: int = 1,
     budget_s: float = 60.0,
 ) -> dict[str, Times]:
-    """Time contenders in turn: A A A A, B B B B, A A A A, ...
+    """Time contenders in turn: a burst of A, a burst of B, a burst of A, ...
 
     Parameters
     ----------
@@ -64,15 +73,19 @@ def interleaved(
         By name, in the order given.
     """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
+    firsts: dict[str, list[float]] = {name: [] for name in contenders}
     began_s = time.monotonic()
     for number in range(-warmups, repeats):
         if number >= MIN_REPEATS and time.monotonic() - began_s > budget_s:
             break
         for name, contender in contenders.items():
-            for turn in range(BURST + 1):
+            time.sleep(_PAUSE_S)
+            for turn in range(SETTLING + BURST):
                 began_ns = time.perf_counter_ns()
-                contender((number + warmups) * (BURST + 1) + turn)
+                contender((number + warmups) * (SETTLING + BURST) + turn)
                 took_ms = (time.perf_counter_ns() - began_ns) / 1e6
-                if number >= 0 and turn > 0:
+                if number >= 0 and turn == 0:
+                    firsts[name].append(took_ms)
+                if number >= 0 and turn >= SETTLING:
                     samples[name].append(took_ms)
-    return {name: Times(tuple(values)) for name, values in samples.items()}
+    return {name: Times(tuple(samples[name]), tuple(firsts[name])) for name in contenders}

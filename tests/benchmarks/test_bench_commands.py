@@ -163,10 +163,11 @@ def test_turns_alternate_and_the_first_call_of_a_burst_does_not_count() -> None:
         repeats=2,
         warmups=1,
     )
-    burst = timing.BURST + 1
+    burst = timing.SETTLING + timing.BURST
     assert [name for name, _ in calls] == (["a"] * burst + ["b"] * burst) * 3
     assert [i for name, i in calls if name == "a"] == [i for name, i in calls if name == "b"]
     assert all(len(found.samples_ms) == 2 * timing.BURST for found in times.values())
+    assert all(len(found.first_ms) == 2 for found in times.values())
     assert times["a"].percentile_ms(100) >= times["a"].median_ms >= 0
 
 
