@@ -23,25 +23,26 @@ from search_service.scan import Scratch
 from search_service.snapshot import Snapshot, Texts
 
 _PLANTED_FLIPS = 3
+_NO_IDS = "these rows have codes and nothing else"
 
 
 class _NoIds:
     """The coarse stage asks for none."""
 
     def id_texts(self) -> Texts:
-        raise NotImplementedError
+        raise AssertionError(_NO_IDS)
 
     def payload_texts(self) -> Texts | None:
-        raise NotImplementedError
+        raise AssertionError(_NO_IDS)
 
     def ids_of(self, rows: NDArray[np.int64]) -> list[str]:
-        raise NotImplementedError
+        raise AssertionError(_NO_IDS)
 
     def row_of(self, item_id: str) -> int | None:
-        raise NotImplementedError
+        raise AssertionError(_NO_IDS)
 
     def payloads_of(self, rows: NDArray[np.int64]) -> list[bytes]:
-        raise NotImplementedError
+        raise AssertionError(_NO_IDS)
 
 
 def snapshot_of(table: CodeSet) -> Snapshot:
