@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import threading
 import time
@@ -15,7 +16,8 @@ from search_service.snapshot import Snapshot
 logger = logging.getLogger(__name__)
 
 _IDLE_S = 60.0
-"""An index that nobody asked for in so long makes room for another."""
+"""An index that nobody asked for in so long makes room for another, and one that could not be built
+is tried again after as long."""
 
 _NICENESS = 10
 
@@ -24,7 +26,8 @@ _NICENESS = 10
 class _Table:
     index: MultiIndex = field(default_factory=MultiIndex)
     asked_s: float = 0.0
-    is_too_large: bool = False
+    refused_s: float = -math.inf
+    """When it could not be built the last time."""
 
 
 class IndexKeeper:
@@ -66,7 +69,8 @@ class IndexKeeper:
         with self._changed:
             table = self._tables.setdefault(snapshot.table_id, _Table())
             table.asked_s = time.monotonic()
-            if snapshot.rows - table.index.rows >= self._min_rows and not table.is_too_large:
+            is_due = snapshot.rows - table.index.rows >= self._min_rows
+            if is_due and table.asked_s - table.refused_s >= _IDLE_S:
                 self._pending[snapshot.table_id] = snapshot
                 self._start()
                 self._changed.notify()
@@ -104,12 +108,14 @@ class IndexKeeper:
                 if self._is_closed:
                     return
                 table_id, snapshot = next(iter(self._pending.items()))
-                table = self._tables[table_id]
+                # It may have made room for another since it was asked for.
+                table = self._tables.setdefault(table_id, _Table())
                 fits = self._make_room(table_id, snapshot)
-                table.is_too_large = not fits
             index = self._built(table.index, snapshot) if fits else None
             with self._changed:
-                if index is not None:
+                if index is None:
+                    table.refused_s = time.monotonic()
+                else:
                     table.index = index
                 # A newer version may have come meanwhile; it is asked for again.
                 self._pending.pop(table_id, None)
@@ -121,8 +127,8 @@ class IndexKeeper:
             extended = index.extended(snapshot, lambda: self._is_closed)
         except InterruptedError:
             return None
-        except MemoryError:
-            logger.warning("not enough memory to index %d rows", snapshot.rows)
+        except Exception:  # Without an index everything is scanned; the thread has to live.
+            logger.exception("%d rows could not be indexed", snapshot.rows)
             return None
         logger.info(
             "indexed %d rows in %.1f s, %d MB",

@@ -20,6 +20,7 @@ from hashlens.types import Embedding, Rank, SearchOptions
 from search_service import coarse, fine, scan
 from search_service.cancel import Cancel
 from search_service.engine import Engine, embedding_of
+from search_service.index_keeper import IndexKeeper
 from search_service.snapshot import Snapshot
 
 N_BITS = 12
@@ -449,3 +450,26 @@ def test_warm_up_can_be_repeated() -> None:
     engine = Engine()
     engine.warm_up()
     engine.warm_up()
+
+
+def test_an_index_changes_how_much_is_compared_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(coarse, "_SERIAL_BYTES", 0)
+    monkeypatch.setattr(coarse, "_INDEX_SHARE", float("inf"))  # a table this small is scanned
+    snapshot = replace(make(n=3000, n_bits=64), table_id="one")
+    query = embedding_of(snapshot, "777")
+    options = SearchOptions(k=5, max_hamming_bits=3, with_code=True)
+    keeper = IndexKeeper(1 << 30, min_rows=1000)
+    try:
+        engine = Engine(indexes=keeper)
+        scanned = engine.search(snapshot, query, options)
+        assert keeper.wait_idle(60)
+        indexed = engine.search(snapshot, query, options)
+    finally:
+        keeper.close()
+    assert indexed.hits == scanned.hits
+    assert indexed.receipt.pool_histogram == scanned.receipt.pool_histogram
+    assert indexed.receipt.exact
+    assert scanned.receipt.rows_scanned == snapshot.n_alive
+    assert indexed.receipt.rows_scanned < 1000

@@ -99,12 +99,48 @@ def test_closing_stops_a_build(monkeypatch: pytest.MonkeyPatch) -> None:
     assert keeper.index_for(table("a")) is None
 
 
-def test_no_memory_is_no_end(keeper: IndexKeeper, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [MemoryError(), ValueError("a defect")])
+def test_a_failed_build_is_no_end(
+    keeper: IndexKeeper, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    tried: list[str] = []
+
     def extended(self: MultiIndex, *_: Any) -> MultiIndex:
-        raise MemoryError
+        tried.append("once")
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(MultiIndex, "extended", extended)
         assert built(keeper, table("a")) is None
-        assert keeper.wait_idle(WAIT_S)
+        assert built(keeper, table("a")) is None
+        assert tried == ["once"]  # not at every search
     assert built(keeper, table("b")) is not None
+    monkeypatch.setattr(index_keeper, "_IDLE_S", 0.0)
+    assert built(keeper, table("a")) is not None
+
+
+def test_a_table_that_made_room_while_it_waited_is_indexed_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    extended = MultiIndex.extended
+    began, go_on = threading.Event(), threading.Event()
+
+    def slowly(self: MultiIndex, *args: Any) -> MultiIndex:
+        began.set()
+        assert go_on.wait(WAIT_S)
+        return extended(self, *args)
+
+    monkeypatch.setattr(MultiIndex, "extended", slowly)
+    keeper = IndexKeeper(1 << 30, min_rows=100)
+    try:
+        keeper.index_for(table("a"))
+        assert began.wait(WAIT_S)
+        keeper.index_for(table("b"))
+        del keeper._tables["b"]  # as `_make_room` does with who is idle
+        go_on.set()
+        assert keeper.wait_idle(WAIT_S)
+        assert keeper.index_for(table("a")) is not None
+        assert keeper.index_for(table("b")) is not None
+    finally:
+        go_on.set()
+        keeper.close()
