@@ -11,7 +11,7 @@ from search_service.kernels import texts
 from search_service.snapshot import Snapshot, Texts
 
 _MAX_BYTES = 1 << 31
-"""Of the payloads of one answer; no message holds more."""
+"""Of the ids of one answer, which are short."""
 
 
 def packed_hits(
@@ -22,6 +22,7 @@ def packed_hits(
     *,
     with_payload: bool,
     with_code: bool,
+    max_payload_bytes: int,
 ) -> PackedHits:
     """Fetch what the hits of an answer show.
 
@@ -38,20 +39,22 @@ def packed_hits(
         Theirs, same shape. `distances` None: Hamming distance alone ranked.
     with_payload, with_code
         What to fetch beside the ids.
+    max_payload_bytes
+        Longest payloads together.
 
     Raises
     ------
     InvalidInputError
-        The payloads take more than any message holds.
+        The payloads take more than that.
     """
-    id_bytes, id_ends = _taken(snapshot.ids.id_texts(), rows)
+    id_bytes, id_ends = _taken(snapshot.ids.id_texts(), rows, _MAX_BYTES)
     payload_bytes, payload_ends = b"", None
     if with_payload:
         payloads = snapshot.ids.payload_texts()
         if payloads is None:
             payload_ends = np.zeros(rows.shape[0], dtype=np.uint32)
         else:
-            payload_bytes, payload_ends = _taken(payloads, rows)
+            payload_bytes, payload_ends = _taken(payloads, rows, max_payload_bytes)
     return PackedHits(
         id_bytes=id_bytes,
         id_ends=id_ends,
@@ -63,10 +66,12 @@ def packed_hits(
     )
 
 
-def _taken(column: Texts, rows: NDArray[np.int64]) -> tuple[bytes, NDArray[np.uint32]]:
+def _taken(
+    column: Texts, rows: NDArray[np.int64], max_bytes: int
+) -> tuple[bytes, NDArray[np.uint32]]:
     ends = np.empty(rows.shape[0], dtype=np.uint32)
     n_bytes = texts.measure(column.ends, rows, ends)
-    if n_bytes > _MAX_BYTES:
+    if n_bytes > max_bytes:
         raise InvalidInputError(
             f"The payloads of the hits take {n_bytes} bytes. Ask for fewer hits, or leave payloads "
             "out.",

@@ -61,6 +61,7 @@ class Ask:
 _TINY_CODE_BYTES = 1 << 21
 _TINY_FEATURE_BYTES = 1 << 25
 _TINY_K = 1000
+_TINY_PAYLOAD_BYTES = 1 << 20
 
 
 def is_tiny(snapshot: Snapshot, options: SearchOptions) -> bool:
@@ -72,7 +73,16 @@ def is_tiny(snapshot: Snapshot, options: SearchOptions) -> bool:
         and options.k <= _TINY_K
         and not options.with_feature
         and not options.with_explanation
+        and not (options.with_payload and _payload_bytes(snapshot, options.k) > _TINY_PAYLOAD_BYTES)
     )
+
+
+def _payload_bytes(snapshot: Snapshot, k: int) -> float:
+    """Return about how long the payloads of `k` hits are together."""
+    payloads = snapshot.ids.payload_texts()
+    if payloads is None or snapshot.rows == 0:
+        return 0.0
+    return k * int(payloads.ends[snapshot.rows - 1]) / snapshot.rows
 
 
 class Engine:
@@ -88,11 +98,18 @@ class Engine:
     indexes
         Saves the coarse stage from reading all codes of a large table, where the radius is small.
         Default: all are read.
+    max_payload_bytes
+        Longest payloads of one answer together; more are refused before they are read.
     """
 
     def __init__(
-        self, *, sketches: Sketches | None = None, indexes: IndexKeeper | None = None
+        self,
+        *,
+        sketches: Sketches | None = None,
+        indexes: IndexKeeper | None = None,
+        max_payload_bytes: int = 1 << 31,
     ) -> None:
+        self._max_payload_bytes = max_payload_bytes
         self._sketches = sketches
         self._indexes = indexes
         self._scratch = Scratch()
@@ -204,7 +221,11 @@ class Engine:
                     if isinstance(pool, Exception):
                         raise pool
                     answer = search.answer(
-                        pool, known, coarse_ns=coarse_ns, n_queries=len(searches)
+                        pool,
+                        known,
+                        coarse_ns=coarse_ns,
+                        n_queries=len(searches),
+                        max_payload_bytes=self._max_payload_bytes,
                     )
                 except Exception as error:
                     deliver(search.number, error)
@@ -250,7 +271,13 @@ class _Search:
         self.weights = margins.weights_of(self.query, options)
 
     def answer(
-        self, pool: coarse.Pool, known: Sketch | None, *, coarse_ns: int, n_queries: int
+        self,
+        pool: coarse.Pool,
+        known: Sketch | None,
+        *,
+        coarse_ns: int,
+        n_queries: int,
+        max_payload_bytes: int,
     ) -> SearchResult:
         """Rank a pool and fetch what the hits show."""
         own_ns = time.perf_counter_ns()
@@ -296,6 +323,7 @@ class _Search:
             None if distances is None else distances[chosen],
             with_payload=options.with_payload,
             with_code=options.with_code,
+            max_payload_bytes=max_payload_bytes,
         )
         explanation: ReplyExplanation | None = None
         if options.with_explanation:

@@ -298,7 +298,8 @@ class Executor:
             pending = dict(enumerate(jobs))
 
             def deliver(number: int, result: Any) -> None:
-                settlements.add(pending.pop(number), self._told(result))
+                job = pending.pop(number)
+                settlements.add(job, self._told(result), is_last=not pending)
 
             waiting = [Waiting(job.item, job.cancel, job.queued_ns) for job in jobs]
             failure: BaseException = RuntimeError("the work has forgotten a job")
@@ -326,10 +327,15 @@ class Executor:
 
 
 def _done_here(work: Together[A], key: object, item: A, deadline_s: float | None) -> Any:
-    """Do a job in this thread."""
+    """Do a job in this thread, with one of Numba's: more would not be awake in time."""
     results: list[Any] = []
     waiting = Waiting(item, Cancel(deadline_s), time.perf_counter_ns())
-    work(key, [waiting], lambda _, result: results.append(result))
+    n_threads = numba.get_num_threads()
+    numba.set_num_threads(1)
+    try:
+        work(key, [waiting], lambda _, result: results.append(result))
+    finally:
+        numba.set_num_threads(n_threads)
     (result,) = results
     if isinstance(result, BaseException):
         raise result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -15,7 +16,7 @@ from search_service.cancel import Cancel
 T = TypeVar("T")
 A = TypeVar("A")
 
-_HOLD_NS = 300_000
+_HOLD_S = 0.0003
 """Results of a batch travel to the event loop together, unless that keeps one longer than this."""
 
 
@@ -91,23 +92,30 @@ class Settlements:
 
     def __init__(self) -> None:
         self._held: list[tuple[Job, Any]] = []
-        self._since_ns = 0
+        self._is_timed = False
+        self._lock = threading.Lock()
 
-    def add(self, job: Job, result: Any) -> None:
-        """Take a result; it leaves at once, soon, or with `send`."""
+    def add(self, job: Job, result: Any, *, is_last: bool = True) -> None:
+        """Take a result; it leaves with `send`, or soon by itself if more are to come before."""
         if job.loop is None:
             job.settle(result)
             return
-        now_ns = time.perf_counter_ns()
-        if not self._held:
-            self._since_ns = now_ns
-        self._held.append((job, result))
-        if now_ns - self._since_ns > _HOLD_NS:
-            self.send()
+        with self._lock:
+            self._held.append((job, result))
+            starts_timer = not is_last and not self._is_timed
+            self._is_timed |= starts_timer
+        if starts_timer:
+            with contextlib.suppress(RuntimeError):  # The loop is closed: nobody waits.
+                job.loop.call_soon_threadsafe(job.loop.call_later, _HOLD_S, self._time_is_up)
+
+    def _time_is_up(self) -> None:
+        self._is_timed = False
+        self.send()
 
     def send(self) -> None:
         """Let all that is held go."""
-        held, self._held = self._held, []
+        with self._lock:
+            held, self._held = self._held, []
         for loop in {job.loop for job, _ in held}:
             assert loop is not None
             mine = [(job, result) for job, result in held if job.loop is loop]

@@ -46,8 +46,8 @@ class Scratch:
         """Return arrays for `hamming.scan` to list rows in, shape as asked."""
         n = n_parts * n_queries * room
         if self._rows.shape[0] < n:
-            self._rows = np.empty(n, dtype=np.int64)
-            self._row_bits = np.empty(n, dtype=np.uint16)
+            rows, row_bits = np.empty(n, dtype=np.int64), np.empty(n, dtype=np.uint16)
+            self._rows, self._row_bits = rows, row_bits  # Both or, without the memory, neither.
         shape = (n_parts, n_queries, room)
         return self._rows[:n].reshape(shape), self._row_bits[:n].reshape(shape)
 

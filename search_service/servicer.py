@@ -82,7 +82,9 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         indexes = IndexKeeper(config.index_memory_mb << 20) if config.index_memory_mb else None
         if indexes is not None:
             self._stack.callback(indexes.close)
-        self._engine = Engine(sketches=sketches, indexes=indexes)
+        self._engine = Engine(
+            sketches=sketches, indexes=indexes, max_payload_bytes=config.max_message_bytes
+        )
         self._together = together(self._engine)
         self._auditor = Auditor(max_audits=config.max_audits)
         self._opening: asyncio.Future[Store] | None = None
@@ -296,7 +298,10 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         answerer = self._answerer(collection, snapshot, options, ends_s, n_queries=n)
         meanings = await answerer.meanings()
 
+        answered_bytes = 0
+
         async def answer(i: int, message: spb.Query) -> spb.SearchBatchResult:
+            nonlocal answered_bytes
             field = f"queries[{i}]"
             try:
                 query = checks.query_of(message, collection.spec, options.rank, field=field)
@@ -306,9 +311,17 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
             reply = await _to_proto(result, collection.spec.n_bits, packed=options.packed)
             reply.receipt.timings.wait_version_ns = wait_ns
             reply.receipt.timings.total_ns = time.monotonic_ns() - started_ns
+            # Refused as soon as it is too large: what waits then would not be sent.
+            answered_bytes += reply.ByteSize()
+            check_size(answered_bytes, self._config.max_message_bytes, _ADVICE)
             return spb.SearchBatchResult(answer=reply)
 
-        results = await asyncio.gather(*(answer(i, q) for i, q in enumerate(request.queries)))
+        answers = [asyncio.ensure_future(answer(i, q)) for i, q in enumerate(request.queries)]
+        try:
+            results = await asyncio.gather(*answers)
+        finally:
+            for one in answers:
+                one.cancel()
         reply = spb.SearchBatchResponse(results=results)
         check_size(reply.ByteSize(), self._config.max_message_bytes, _ADVICE)
         return reply

@@ -278,7 +278,9 @@ def scan(  # type: ignore[no-untyped-def]
 def _count_rows(columns, query, dead, start, stop, counts):  # type: ignore[no-untyped-def]
     for row in range(start, stop):
         if dead.shape[0] == 0 or dead[row] == 0:
-            counts[_distance_of(columns, query, row)] += 1
+            # Stored codes are checked at the edge; were padding bits set all the same, this is the
+            # one place where a distance could be beyond the counts.
+            counts[min(_distance_of(columns, query, row), counts.shape[0] - 1)] += 1
 
 
 @kernel(INT64(I64_IN, U64_IN_2D, U8_IN, INT64, INT64, INT64, I64_OUT_2D))

@@ -42,8 +42,8 @@ HASHLENS = [sys.executable, "-c", "from hashlens.cli.main import main; main()"]
 ENDS_S = 90
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "COLUMNS": "200"}
 
-N_IMAGES, PER_EPOCH = 200, 20
-"""Of 200 images 40 are held out; eight go into a step."""
+N_IMAGES, PER_EPOCH = 400, 40
+"""A fifth of the images is held out; eight go into a step."""
 
 
 @pytest.fixture(autouse=True)

@@ -119,6 +119,7 @@ def test_the_index_is_asked_where_it_is_cheaper_and_only_there() -> None:
         wanted = [coarse.Wanted(query=query, radius_bits=radius, n_rows=0)]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(coarse, "_INDEX_SHARE", 2.0)  # a table this small is scanned at once
+            patch.setattr(coarse, "_SERIAL_BYTES", 0)
             (pool,) = coarse.find_pools(
                 snapshot, wanted, scratch=Scratch(), cancel=Cancel(), index=index
             )

@@ -159,7 +159,9 @@ def test_frozen_parts_stay_as_they_are() -> None:
         name for name, t in trainer.result.state_dict().items() if not torch.equal(t, before[name])
     }
     frozen = ("backbone.stem.", "backbone.stage1.")
-    assert changed == {name for name in before if not name.startswith(frozen)}
+    free = {name for name in before if not name.startswith(frozen)}
+    # Batch normalisation takes the bias before it out again, so all that moves it is rounding.
+    assert free - {"hash_layer.bias"} <= changed <= free
 
 
 def test_all_of_the_backbone_frozen() -> None:

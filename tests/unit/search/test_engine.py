@@ -19,9 +19,9 @@ from hashlens.errors import (
 from hashlens.types import Embedding, Rank, SearchOptions
 from search_service import coarse, fine, scan
 from search_service.cancel import Cancel
-from search_service.engine import Engine, embedding_of
+from search_service.engine import Engine, embedding_of, is_tiny
 from search_service.index_keeper import IndexKeeper
-from search_service.snapshot import Snapshot
+from search_service.snapshot import Snapshot, Texts
 
 N_BITS = 12
 
@@ -473,3 +473,21 @@ def test_an_index_changes_how_much_is_compared_and_nothing_else(
     assert indexed.receipt.exact
     assert scanned.receipt.rows_scanned == snapshot.n_alive
     assert indexed.receipt.rows_scanned < 1000
+
+
+def test_a_search_with_large_payloads_is_not_tiny() -> None:
+    class WithPayloads:
+        def __init__(self, length: int) -> None:
+            self.length = length
+
+        def payload_texts(self) -> Texts:
+            ends = np.arange(1, 1001, dtype=np.uint64) * self.length
+            return Texts(np.zeros(1, dtype=np.uint8), ends)
+
+    plain = make(n=1000)
+    asked = SearchOptions(k=1000, with_payload=True)
+    for length, is_small in ((10, True), (65_536, False)):
+        snapshot = replace(plain, ids=WithPayloads(length))
+        assert is_tiny(snapshot, asked) == is_small
+        assert is_tiny(snapshot, replace(asked, with_payload=False))
+        assert is_tiny(snapshot, replace(asked, k=5))

@@ -424,3 +424,33 @@ def test_the_number_of_threads_is_set_where_the_kernels_run() -> None:
     with Executor(n_threads=10_000) as executor:
         most = numba.config.NUMBA_NUM_THREADS
         assert executor.run_blocking(lambda cancel: numba.get_num_threads()).value == most
+
+
+def test_an_answer_does_not_wait_for_a_slow_neighbour(executor: Executor) -> None:
+    first_is_there = threading.Event()
+
+    def work(key: object, waiting: Sequence[Waiting[str]], deliver: Deliver) -> None:
+        assert len(waiting) == 2
+        deliver(0, "fast")
+        assert first_is_there.wait(WAIT_S)  # Held back, it would not come before this one ends.
+        deliver(1, "slow")
+
+    async def scenario() -> None:
+        gate = Gate()
+        blocker = asyncio.create_task(executor.run(gate))
+        await begun(gate.began)
+        key = object()
+        fast, slow = (
+            asyncio.create_task(
+                executor.run_together(work, key, name, deadline_s=WAIT_S, is_tiny=False)
+            )
+            for name in ("fast", "slow")
+        )
+        await asyncio.sleep(0)
+        gate.free.set()
+        assert await fast == "fast"
+        first_is_there.set()
+        assert await slow == "slow"
+        await blocker
+
+    asyncio.run(scenario())
