@@ -162,3 +162,23 @@ def test_many_callers_at_once_get_their_own_answers(served: SearchProcess) -> No
                 assert result.hits == alone.hits
 
     asyncio.run(scenario())
+
+
+def test_a_batch_whose_answers_are_too_large_together_is_refused(served: SearchProcess) -> None:
+    rng = np.random.default_rng(4)
+    with Client(served.target, NOBODY) as client:
+        client.create_collection("heavy", spec=spec_of("heavy", 0))
+        client.upsert(
+            "heavy",
+            [
+                Item(id=str(i), embedding=embedding(rng, 0), payload=b"x" * 60_000)
+                for i in range(150)
+            ],
+        )
+        options = SearchOptions(k=150, with_payload=True)
+        queries = [Query(id=str(i)) for i in range(16)]  # 9 MB each
+        for packed in (False, True):
+            with pytest.raises(InvalidInputError, match="above the limit"):
+                client.search_batch("heavy", queries, options=replace(options, packed=packed))
+            assert len(client.search("heavy", id="3", options=options).hits) == 150
+        client.drop_collection("heavy")
