@@ -32,7 +32,7 @@ endif
 demo: $(STAMP) ## Index and search the bundled images through both services
 	$(BIN)/hashlens demo
 
-claim: $(STAMP) ## Measure the paper's claim: 2.5M rows, 24 GB of disk, half an hour (CLAIM='--rows ...')
+claim: $(STAMP) ## Measure the paper's claim: 2.5M rows, 32 GB free on disk, half an hour (CLAIM='--rows ...')
 	$(BIN)/hashlens bench claim $(CLAIM)
 
 test: $(STAMP) ## Run the tests
