@@ -187,7 +187,7 @@ def test_what_cannot_be_audited_says_so(client: Client, stored: dict[str, Embedd
     refused(NotFoundError, id="nobody")
     refused(NotFoundError, id="001", collection="nowhere")
     refused(InvalidInputError)
-    refused(DeadlineError, id="001", deadline_s=-1)  # It has passed: 0.1 ms is enough for an answer.
+    refused(DeadlineError, id="001", deadline_s=-1)  # Passed: 0.1 ms suffices for one.
     assert client.audit("audit", id="001", k=1).recall == 1  # No place was left taken.
 
 

@@ -242,7 +242,7 @@ def test_wrong_requests_are_refused_with_the_field(
     error = refused(PreconditionError, embedding=other)
     assert isinstance(error, PreconditionError)
     assert error.field == "query.embedding.model_id"
-    refused(DeadlineError, id="0001", deadline_s=-1)  # It has passed: 0.1 ms is enough for a ball.
+    refused(DeadlineError, id="0001", deadline_s=-1)  # Passed: 0.1 ms suffices for one.
 
 
 def test_the_wire_says_invalid_argument(search: SearchProcess, stored: dict[str, bytes]) -> None:
