@@ -112,4 +112,11 @@ def request_id_of(given: str) -> str:
 
 def _record(item: Item, embedding: Embedding) -> Record:
     feature = b"" if embedding.feature is None else embedding.feature.tobytes()
-    return Record(id=item.id, code=embedding.code, feature=feature, payload=item.payload)
+    return Record(
+        id=item.id,
+        code=embedding.code,
+        feature=feature,
+        payload=item.payload,
+        tags=item.tags,
+        expires_ms=item.expires_unix_ms,
+    )

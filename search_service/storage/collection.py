@@ -20,6 +20,8 @@ from hashlens.errors import (
 from hashlens.types import (
     MAX_ID_BYTES,
     MAX_PAYLOAD_BYTES,
+    MAX_TAG_BYTES,
+    MAX_TAGS,
     CollectionInfo,
     CollectionSpec,
     DeleteResult,
@@ -27,6 +29,7 @@ from hashlens.types import (
 from search_service.snapshot import Snapshot
 from search_service.storage import layout
 from search_service.storage.catalog import Catalog, Raw
+from search_service.storage.failpoints import reach
 from search_service.storage.follower import Follower
 from search_service.storage.keys import Meta
 from search_service.storage.local import LocalCollection
@@ -132,6 +135,9 @@ class Collection:
             durability="unknown" if away else self._durability(),
             writable=trouble is None,
             detail=self._checkpoint_trouble if trouble is None else trouble.message,
+            replica_id=self._replica_id,
+            n_missing_features=self._local.n_missing_features,
+            erased_version=self._local.erased_seq,
         )
 
     def upsert(
@@ -229,6 +235,7 @@ class Collection:
         self._checkpoint_trouble = ""
         if self._follower.trouble is not None:
             return seq
+        reach("checkpoint.trim")
         try:
             self._catalog.trim(
                 self._meta,
@@ -316,7 +323,21 @@ class Collection:
             raise InvalidInputError(
                 f"A payload has at most {MAX_PAYLOAD_BYTES} bytes.", field=f"{field}.payload"
             )
-        return Raw(item_id, layout.pack_put(item_id, item.code, item.payload, item.feature))
+        unused_bits = self.spec.n_bits % 8
+        if unused_bits and item.code[-1] >> unused_bits:
+            raise InvalidInputError(
+                "The bits behind a code's end are zero.", field=f"{field}.embedding.code"
+            )
+        tags = [tag.encode() for tag in item.tags]
+        if len(tags) > MAX_TAGS or any(not 0 < len(tag) <= MAX_TAG_BYTES for tag in tags):
+            raise InvalidInputError(
+                f"An item has at most {MAX_TAGS} tags of 1 to {MAX_TAG_BYTES} bytes.",
+                field=f"{field}.tags",
+            )
+        if not 0 <= item.expires_ms < 1 << 63:
+            raise InvalidInputError("No such time.", field=f"{field}.expires_unix_ms")
+        extras = layout.pack_extras(item.payload, layout.pack_tags(item.tags), item.expires_ms)
+        return Raw(item_id, layout.pack_put(item_id, item.code, extras, item.feature))
 
 
 def _id_bytes(item_id: str, field: str) -> bytes:
