@@ -120,7 +120,7 @@ class Collection:
     def info(self) -> CollectionInfo:
         """Describe it as this replica sees it; needs no Redis."""
         snapshot = self._local.snapshot
-        trouble = self._follower.trouble
+        trouble = self._follower.trouble or self._follower.refusal
         away = isinstance(trouble, UnavailableError)
         return CollectionInfo(
             spec=self.spec,
@@ -186,8 +186,10 @@ class Collection:
             records,
             request_id=request_id or uuid.uuid4().hex,
             deadline_s=give_up - time.monotonic(),
+            known_seq=self._follower.known_seq,
             content=content,
         )
+        self._follower.saw(written.seq)
         self._written = max(self._written, written.seq)
         return written.seq
 
@@ -203,7 +205,9 @@ class Collection:
             [Raw(item_id, layout.pack_delete(item_id)) for item_id in packed],
             request_id=request_id or uuid.uuid4().hex,
             deadline_s=give_up - time.monotonic(),
+            known_seq=self._follower.known_seq,
         )
+        self._follower.saw(written.seq)
         return DeleteResult(version=written.seq, n_deleted=written.n_items)
 
     def checkpoint(self) -> int:

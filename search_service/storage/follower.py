@@ -81,6 +81,9 @@ class Follower:
         self.mean_bytes = float(layout.record_bytes(local.spec))
         """Of a log record in the last batch; at first, of one without a payload."""
         self._trouble: HashlensError | None = UnavailableError("Redis has not answered yet.")
+        self._refusal: HashlensError | None = None
+        self._known_seq = local.seq
+        self._known_lock = threading.Lock()
         self._reader: LogReader | None = None
         self._stopping = threading.Event()
         self._settled = threading.Event()
@@ -92,6 +95,21 @@ class Follower:
     def trouble(self) -> HashlensError | None:
         """Why the log is not being followed; None while it is."""
         return self._trouble
+
+    @property
+    def refusal(self) -> HashlensError | None:
+        """Why Redis takes no writes, though its log is being followed; None while it does."""
+        return self._refusal
+
+    @property
+    def known_seq(self) -> int:
+        """The newest write that Redis is known to have had; if it has less, it lost writes."""
+        return max(self._known_seq, self._local.seq)
+
+    def saw(self, seq: int) -> None:
+        """Note a write that Redis has acknowledged."""
+        with self._known_lock:
+            self._known_seq = max(self._known_seq, seq)
 
     @property
     def is_lost(self) -> bool:
@@ -158,12 +176,16 @@ class Follower:
         position = reader.register(
             local.epoch, self._replica_id, checkpoint_seq=local.checkpoint_seq, seq=local.seq
         )
-        if position.seq < local.seq:
-            self._give_up(f"Redis went back to version {position.seq}")
+        if position.seq < self.known_seq:
+            self._give_up(f"Redis went back from version {self.known_seq} to {position.seq}")
         if position.here is not None and zlib.crc32(position.here) != local.log_crc32:
             self._give_up(f"Redis has another write as version {local.seq}")
+        if local.seq and position.here is None and position.first is not None:
+            # Without it nothing shows that the log continues the files.
+            self._give_up(f"the log, from version {position.first}, lacks that one")
         if position.seq > local.seq and (position.first is None or position.first > local.seq + 1):
             self._give_up(f"the log begins at version {position.first}, which is too late")
+        self.saw(position.seq)
         if self._trouble is not None:
             logger.info("following the log of %s from version %d", local.spec.name, local.seq)
             self._trouble = None
@@ -177,10 +199,16 @@ class Follower:
         batch = reader.read(local.seq, count)
         if batch.epoch != local.epoch:
             raise PreconditionError(foreign(local.spec.name, batch.epoch))
-        if not batch.entries:
-            if batch.seq != local.seq:
-                self._register(reader)
+        continues = batch.here is not None and zlib.crc32(batch.here) == local.log_crc32
+        if (local.seq and not continues) or (not batch.entries and batch.seq != local.seq):
+            # A demoted primary takes over another one's data and keeps its connections.
+            self._register(reader)
             return
+        self.saw(batch.seq)
+        if not batch.entries:
+            self._probe(reader)
+            return
+        self._refusal = None
         records = [
             layout.unpack_record(seq, raw, self._code_bytes, self._feature_bytes)
             for seq, raw in batch.entries
@@ -191,6 +219,20 @@ class Follower:
             self._give_up(f"the log has a hole behind version {local.seq}")
         local.apply(records)
         self.mean_bytes = sum(len(record.raw) for record in records) / len(records)
+
+    def _probe(self, reader: LogReader) -> None:
+        """Find out whether Redis takes writes."""
+        try:
+            reader.probe()
+            self._refusal = None
+        except redis.RedisError as error:
+            refusal = translate(error)
+            if not isinstance(refusal, LimitError):
+                # Perhaps no primary any more: only a new connection finds the one that is.
+                raise
+            if self._refusal is None:
+                logger.warning("%s takes no writes: %s", self._local.spec.name, refusal.message)
+            self._refusal = refusal
 
     def _give_up(self, reason: str) -> NoReturn:
         raise ResyncNeededError(
