@@ -24,6 +24,12 @@ MAX_ID_BYTES = 1024
 MAX_PAYLOAD_BYTES = 65_536
 """The largest payload of one item, in bytes."""
 
+MAX_TAGS = 64
+"""Most tags of one item, and of one condition of a filter."""
+
+MAX_TAG_BYTES = 255
+"""The longest tag, in bytes of UTF-8."""
+
 MAX_DIM = 65_536
 """The widest feature, in numbers."""
 
@@ -191,6 +197,12 @@ class CollectionInfo:
     writable: bool
     detail: str
     """Why it is not writable; else empty."""
+    replica_id: str = ""
+    """Of the replica that answered, a UUID."""
+    n_missing_features: int = 0
+    """Items that only coarse searches find, because this replica lacks their feature."""
+    erased_version: int = 0
+    """Rows that were dead at this version are gone from this replica's files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +213,10 @@ class Item:
     embedding: Embedding | None = None
     image: bytes | None = None
     payload: bytes = b""
+    tags: tuple[str, ...] = ()
+    """Words to filter by; their order means nothing."""
+    expires_unix_ms: int = 0
+    """When it removes itself, in milliseconds since 1970-01-01 UTC; 0: never."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ def items_of(
         return []
     rows = np.array([row for _, row in found], dtype=np.int64)
     payloads = snapshot.payloads_of(rows) if with_payload else [b""] * len(found)
+    tags, expiries = snapshot.ids.tags_of(rows), snapshot.ids.expiries_of(rows)
     return [
         Item(
             id=item_id,
@@ -39,8 +40,10 @@ def items_of(
                 feature=snapshot.feature_of(row) if with_feature else None,
             ),
             payload=payload,
+            tags=item_tags,
+            expires_unix_ms=expires_ms,
         )
-        for (item_id, row), code, payload in zip(
-            found, snapshot.codes_of(rows), payloads, strict=True
+        for (item_id, row), code, payload, item_tags, expires_ms in zip(
+            found, snapshot.codes_of(rows), payloads, tags, expiries, strict=True
         )
     ]

@@ -57,6 +57,14 @@ class IdLookup(Protocol):
         """Return copies of the payloads of rows, in the order of `rows`; int64, shape ``[n]``."""
         ...
 
+    def tags_of(self, rows: NDArray[np.int64]) -> list[tuple[str, ...]]:
+        """Return the tags of rows, in the order of `rows`; int64, shape ``[n]``."""
+        ...
+
+    def expiries_of(self, rows: NDArray[np.int64]) -> list[int]:
+        """Return when rows expire, in ms since 1970 or 0 for never; int64, shape ``[n]``."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
@@ -277,6 +285,12 @@ class _ListedIds:
 
     def payloads_of(self, rows: NDArray[np.int64]) -> list[bytes]:
         return [b""] * rows.shape[0]
+
+    def tags_of(self, rows: NDArray[np.int64]) -> list[tuple[str, ...]]:
+        return [()] * rows.shape[0]
+
+    def expiries_of(self, rows: NDArray[np.int64]) -> list[int]:
+        return [0] * rows.shape[0]
 
 
 def read_only(array: NDArray[Any]) -> NDArray[Any]:

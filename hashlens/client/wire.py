@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2
 
 from hashlens import codes, convert
 from hashlens.errors import HashlensError, InvalidInputError
+from hashlens.packed_items import PackedItems
 from hashlens.rpc import limits
 from hashlens.rpc.status import error_of
 from hashlens.types import (
@@ -112,12 +113,14 @@ class Wire:
     ) -> Iterator[spb.UpsertRequest]:
         """Build the Upsert calls for any number of items, one at a time."""
         base = request_id or uuid.uuid4().hex
-        messages = map(convert.item_to_proto, items)
-        sized = ((message, message.ByteSize()) for message in messages)
+        sized = ((item, _size_bytes(item)) for item in items)
         for n, chunk in enumerate(self._chunks(sized)):
-            request = spb.UpsertRequest(
-                collection=collection, items=chunk, request_id=_chunk_id(base, n)
-            )
+            request = spb.UpsertRequest(collection=collection, request_id=_chunk_id(base, n))
+            packed = PackedItems.of(chunk)
+            if packed is None:
+                request.items.extend(map(convert.item_to_proto, chunk))
+            else:
+                request.packed.CopyFrom(convert.packed_items_to_proto(packed))
             self._check_size(request.ByteSize(), _SPLIT)
             yield request
 
@@ -281,7 +284,7 @@ class WriteTally:
             )
             for failure in reply.failures
         ]
-        self.n_sent += len(request.items)
+        self.n_sent += len(request.items) + len(request.packed.id_ends) // 4
 
     def result(self) -> WriteResult:
         """Return the sum."""
@@ -322,6 +325,16 @@ def encoded_of(embedding: epb.Embedding, timings: enc.EncodeTimings) -> Encoded:
 def deleted(reply: spb.DeleteResponse) -> DeleteResult:
     """Read a Delete."""
     return DeleteResult(version=reply.version, n_deleted=reply.n_deleted)
+
+
+def _size_bytes(item: Item) -> int:
+    """Return about how long an item is in a message."""
+    size_bytes = 32 + len(item.id) + len(item.payload)
+    if item.image is not None:
+        size_bytes += len(item.image)
+    if item.embedding is not None and item.embedding.feature is not None:
+        size_bytes += item.embedding.feature.nbytes
+    return size_bytes
 
 
 def _chunk_id(base: str, n: int) -> str:

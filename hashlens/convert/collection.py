@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from hashlens import codes
 from hashlens.convert.embedding import (
@@ -16,6 +17,8 @@ from hashlens.types import (
     MAX_DIM,
     MAX_ID_BYTES,
     MAX_PAYLOAD_BYTES,
+    MAX_TAG_BYTES,
+    MAX_TAGS,
     CollectionInfo,
     CollectionSpec,
     FeatureDtype,
@@ -97,6 +100,22 @@ def check_id(item_id: str, *, field: str = "id") -> str:
     return item_id
 
 
+def tags_from_proto(tags: Sequence[str], *, field: str) -> tuple[str, ...]:
+    """Return tags, sorted by their bytes, each once; InvalidInputError unless all may be tags."""
+    if len(tags) > MAX_TAGS:
+        raise InvalidInputError(f"{len(tags)} tags: at most {MAX_TAGS} are allowed", field=field)
+    for i, tag in enumerate(tags):
+        size_bytes = len(tag.encode("utf-8", "surrogatepass"))
+        if not 1 <= size_bytes <= MAX_TAG_BYTES:
+            raise InvalidInputError(
+                f"the tag is {size_bytes} bytes long: 1 to {MAX_TAG_BYTES} are allowed",
+                field=f"{field}[{i}]",
+            )
+        if _UNPRINTABLE.search(tag):
+            raise InvalidInputError("a tag holds no control characters", field=f"{field}[{i}]")
+    return tuple(sorted(set(tags), key=str.encode))
+
+
 def info_to_proto(info: CollectionInfo) -> spb.CollectionInfo:
     """Return the wire form."""
     return spb.CollectionInfo(
@@ -109,6 +128,9 @@ def info_to_proto(info: CollectionInfo) -> spb.CollectionInfo:
         durability=info.durability,
         writable=info.writable,
         detail=info.detail,
+        replica_id=info.replica_id,
+        n_missing_features=info.n_missing_features,
+        erased_version=info.erased_version,
     )
 
 
@@ -124,12 +146,20 @@ def info_from_proto(message: spb.CollectionInfo) -> CollectionInfo:
         durability=message.durability,
         writable=message.writable,
         detail=message.detail,
+        replica_id=message.replica_id,
+        n_missing_features=message.n_missing_features,
+        erased_version=message.erased_version,
     )
 
 
 def item_to_proto(item: Item) -> spb.Item:
     """Return the wire form."""
-    message = spb.Item(id=item.id, payload=item.payload)
+    message = spb.Item(
+        id=item.id,
+        payload=item.payload,
+        tags=item.tags,
+        expires_unix_ms=item.expires_unix_ms,
+    )
     if item.embedding is not None:
         message.embedding.CopyFrom(embedding_to_proto(item.embedding))
     elif item.image is not None:
@@ -143,7 +173,7 @@ def item_from_proto(message: spb.Item) -> Item:
     Raises
     ------
     InvalidInputError
-        A bad id or embedding, a payload above the limit, or neither embedding nor image.
+        A bad id, embedding or tag, a payload above the limit, or neither embedding nor image.
     """
     check_id(message.id)
     payload = message.payload
@@ -153,13 +183,15 @@ def item_from_proto(message: spb.Item) -> Item:
             "the rest elsewhere and its key here",
             field="payload",
         )
+    tags = tags_from_proto(message.tags, field="tags") if message.tags else ()
+    expires = message.expires_unix_ms
     kind = message.WhichOneof("content")
     if kind == "embedding":
         try:
             embedding = embedding_from_proto(message.embedding)
         except InvalidInputError as error:
             raise error.within("embedding") from None
-        return Item(id=message.id, embedding=embedding, payload=payload)
+        return Item(message.id, embedding, None, payload, tags, expires)
     if kind == "image":
-        return Item(id=message.id, image=message.image, payload=payload)
+        return Item(message.id, None, message.image, payload, tags, expires)
     raise InvalidInputError("an item needs an embedding or an image", field="content")

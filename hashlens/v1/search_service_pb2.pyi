@@ -103,6 +103,9 @@ class CollectionInfo(_message.Message):
     DURABILITY_FIELD_NUMBER: _builtins.int
     WRITABLE_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    N_MISSING_FEATURES_FIELD_NUMBER: _builtins.int
+    ERASED_VERSION_FIELD_NUMBER: _builtins.int
     epoch: _builtins.str
     """UUID of this incarnation; dropping and making it again gives a new one."""
     version: _builtins.int
@@ -121,6 +124,14 @@ class CollectionInfo(_message.Message):
     """Whether writes are accepted now."""
     detail: _builtins.str
     """Why they are not; else empty."""
+    replica_id: _builtins.str
+    """The answering replica's id, a UUID."""
+    n_missing_features: _builtins.int
+    """Items whose feature is missing on this replica: coarse searches find them, fine ones cannot rank
+    them.
+    """
+    erased_version: _builtins.int
+    """Every row that was dead at this version is gone from this replica's files."""
     @_builtins.property
     def spec(self) -> Global___CollectionSpec:
         """What it is bound to."""
@@ -137,14 +148,59 @@ class CollectionInfo(_message.Message):
         durability: _builtins.str = ...,
         writable: _builtins.bool = ...,
         detail: _builtins.str = ...,
+        replica_id: _builtins.str = ...,
+        n_missing_features: _builtins.int = ...,
+        erased_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_version", b"checkpoint_version", "detail", b"detail", "durability", b"durability", "epoch", b"epoch", "n_dead_rows", b"n_dead_rows", "n_items", b"n_items", "spec", b"spec", "version", b"version", "writable", b"writable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_version", b"checkpoint_version", "detail", b"detail", "durability", b"durability", "epoch", b"epoch", "erased_version", b"erased_version", "n_dead_rows", b"n_dead_rows", "n_items", b"n_items", "n_missing_features", b"n_missing_features", "replica_id", b"replica_id", "spec", b"spec", "version", b"version", "writable", b"writable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CollectionInfo: _TypeAlias = CollectionInfo  # noqa: Y015
+
+@_typing.final
+class ReplicaInfo(_message.Message):
+    """One replica of a collection, as Redis knows it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_VERSION_FIELD_NUMBER: _builtins.int
+    ERASED_VERSION_FIELD_NUMBER: _builtins.int
+    SILENT_MS_FIELD_NUMBER: _builtins.int
+    LIVE_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Its id, a UUID."""
+    address: _builtins.str
+    """host:port where others reach it; empty if it said none."""
+    checkpoint_version: _builtins.int
+    """Everything up to this version is safe in its files; the log is kept from here on."""
+    erased_version: _builtins.int
+    """As CollectionInfo.erased_version."""
+    silent_ms: _builtins.int
+    """How long ago it was heard of, in milliseconds."""
+    live: _builtins.bool
+    """Whether the log still waits for it; one that was silent for too long has to copy files anew."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        address: _builtins.str = ...,
+        checkpoint_version: _builtins.int = ...,
+        erased_version: _builtins.int = ...,
+        silent_ms: _builtins.int = ...,
+        live: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "checkpoint_version", b"checkpoint_version", "erased_version", b"erased_version", "id", b"id", "live", b"live", "silent_ms", b"silent_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplicaInfo: _TypeAlias = ReplicaInfo  # noqa: Y015
 
 @_typing.final
 class CreateCollectionRequest(_message.Message):
@@ -202,19 +258,23 @@ class GetCollectionRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     MIN_VERSION_FIELD_NUMBER: _builtins.int
+    WITH_REPLICAS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     min_version: _builtins.int
     """Wait until the replica has applied this version."""
+    with_replicas: _builtins.bool
+    """Say which replicas there are; that asks Redis."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         min_version: _builtins.int = ...,
+        with_replicas: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["min_version", b"min_version", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["min_version", b"min_version", "name", b"name", "with_replicas", b"with_replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -227,18 +287,24 @@ class GetCollectionResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     COLLECTION_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def collection(self) -> Global___CollectionInfo:
         """Its state on this replica."""
+
+    @_builtins.property
+    def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaInfo]:
+        """All replicas that Redis knows, by id; if asked for."""
 
     def __init__(
         self,
         *,
         collection: Global___CollectionInfo | None = ...,
+        replicas: _abc.Iterable[Global___ReplicaInfo] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "replicas", b"replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -334,15 +400,27 @@ class Item(_message.Message):
     EMBEDDING_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    EXPIRES_UNIX_MS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The user's key, 1 to 1024 bytes of UTF-8 without control characters."""
     image: _builtins.bytes
     """As EncodeRequest.image."""
     payload: _builtins.bytes
     """Bytes of the user's own, returned with hits; at most 64 KiB."""
+    expires_unix_ms: _builtins.int
+    """When the item removes itself, in milliseconds since 1970-01-01 UTC; 0: never. It goes by a delete
+    in the log, seconds later at most while Redis is there, so all replicas lose it at one version.
+    """
     @_builtins.property
     def embedding(self) -> _embedding_pb2.Embedding:
         """Of the collection's model, width and number format."""
+
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Words to filter by, at most 64, each 1 to 255 bytes of UTF-8 without control characters. Their
+        order means nothing, and one given twice counts once.
+        """
 
     def __init__(
         self,
@@ -351,10 +429,12 @@ class Item(_message.Message):
         embedding: _embedding_pb2.Embedding | None = ...,
         image: _builtins.bytes = ...,
         payload: _builtins.bytes = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
+        expires_unix_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "embedding", b"embedding", "image", b"image"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "embedding", b"embedding", "id", b"id", "image", b"image", "payload", b"payload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "embedding", b"embedding", "expires_unix_ms", b"expires_unix_ms", "id", b"id", "image", b"image", "payload", b"payload", "tags", b"tags"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["embedding", "image"]  # noqa: Y015
     _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
@@ -371,6 +451,7 @@ class UpsertRequest(_message.Message):
     COLLECTION_FIELD_NUMBER: _builtins.int
     ITEMS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PACKED_FIELD_NUMBER: _builtins.int
     collection: _builtins.str
     """The collection's name."""
     request_id: _builtins.str
@@ -382,20 +463,85 @@ class UpsertRequest(_message.Message):
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___Item]:
         """Written in this order; of two with one id, the later stays."""
 
+    @_builtins.property
+    def packed(self) -> Global___PackedItems:
+        """Instead of items: the same by column, several times cheaper to write and to read."""
+
     def __init__(
         self,
         *,
         collection: _builtins.str = ...,
         items: _abc.Iterable[Global___Item] | None = ...,
         request_id: _builtins.str = ...,
+        packed: Global___PackedItems | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["packed", b"packed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "items", b"items", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "items", b"items", "packed", b"packed", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UpsertRequest: _TypeAlias = UpsertRequest  # noqa: Y015
+
+@_typing.final
+class PackedItems(_message.Message):
+    """Items by column: embeddings of one model, without tags and expiry. All numbers are little-endian
+    and without padding between them.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    N_BITS_FIELD_NUMBER: _builtins.int
+    IDS_FIELD_NUMBER: _builtins.int
+    ID_ENDS_FIELD_NUMBER: _builtins.int
+    CODES_FIELD_NUMBER: _builtins.int
+    DIM_FIELD_NUMBER: _builtins.int
+    FEATURE_DTYPE_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
+    PAYLOADS_FIELD_NUMBER: _builtins.int
+    PAYLOAD_ENDS_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """As Embedding.model_id, of all items."""
+    n_bits: _builtins.int
+    """Length of a code."""
+    ids: _builtins.bytes
+    """The ids, one after the other."""
+    id_ends: _builtins.bytes
+    """Where each id ends in ids: 32-bit unsigned integers, one for each item."""
+    codes: _builtins.bytes
+    """The codes, ceil(n_bits / 8) bytes for each item."""
+    dim: _builtins.int
+    """Width of a feature; 0: there are none."""
+    feature_dtype: _embedding_pb2.FeatureDtype.ValueType
+    """How features are written; required where there are any."""
+    features: _builtins.bytes
+    """The features, dim numbers for each item."""
+    payloads: _builtins.bytes
+    """The payloads, one after the other."""
+    payload_ends: _builtins.bytes
+    """Where each payload ends in payloads, as id_ends; empty: all payloads are empty."""
+    def __init__(
+        self,
+        *,
+        model_id: _builtins.str = ...,
+        n_bits: _builtins.int = ...,
+        ids: _builtins.bytes = ...,
+        id_ends: _builtins.bytes = ...,
+        codes: _builtins.bytes = ...,
+        dim: _builtins.int = ...,
+        feature_dtype: _embedding_pb2.FeatureDtype.ValueType = ...,
+        features: _builtins.bytes = ...,
+        payloads: _builtins.bytes = ...,
+        payload_ends: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codes", b"codes", "dim", b"dim", "feature_dtype", b"feature_dtype", "features", b"features", "id_ends", b"id_ends", "ids", b"ids", "model_id", b"model_id", "n_bits", b"n_bits", "payload_ends", b"payload_ends", "payloads", b"payloads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PackedItems: _TypeAlias = PackedItems  # noqa: Y015
 
 @_typing.final
 class ItemFailure(_message.Message):
@@ -688,6 +834,45 @@ class Query(_message.Message):
 Global___Query: _TypeAlias = Query  # noqa: Y015
 
 @_typing.final
+class TagFilter(_message.Message):
+    """Which items count, by their tags. Those that do not are not there for the search: neither in the
+    pool, nor in the count that an automatic pool must reach. All conditions must hold; those that are
+    not given do.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANY_FIELD_NUMBER: _builtins.int
+    ALL_FIELD_NUMBER: _builtins.int
+    NONE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def any(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """At least one of these."""
+
+    @_builtins.property
+    def all(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Every one of these."""
+
+    @_builtins.property
+    def none(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Not one of these."""
+
+    def __init__(
+        self,
+        *,
+        any: _abc.Iterable[_builtins.str] | None = ...,
+        all: _abc.Iterable[_builtins.str] | None = ...,
+        none: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "any", b"any", "none", b"none"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TagFilter: _TypeAlias = TagFilter  # noqa: Y015
+
+@_typing.final
 class SearchOptions(_message.Message):
     """How to answer."""
 
@@ -705,6 +890,7 @@ class SearchOptions(_message.Message):
     MIN_VERSION_FIELD_NUMBER: _builtins.int
     IGNORE_MARGINS_FIELD_NUMBER: _builtins.int
     PACKED_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
     k: _builtins.int
     """Hits wanted, 1 to 100,000; required."""
     max_hamming_bits: _builtins.int
@@ -737,6 +923,10 @@ class SearchOptions(_message.Message):
     """Return the hits as PackedHits: for many hits, several times faster to write and to read. Not
     with with_feature or with_explanation.
     """
+    @_builtins.property
+    def filter(self) -> Global___TagFilter:
+        """Search only among items that pass. Absent: among all."""
+
     def __init__(
         self,
         *,
@@ -752,10 +942,11 @@ class SearchOptions(_message.Message):
         min_version: _builtins.int = ...,
         ignore_margins: _builtins.bool = ...,
         packed: _builtins.bool = ...,
+        filter: Global___TagFilter | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_hamming_bits", b"_max_hamming_bits", "_max_pool", b"_max_pool", "_min_pool", b"_min_pool", "max_hamming_bits", b"max_hamming_bits", "max_pool", b"max_pool", "min_pool", b"min_pool"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_hamming_bits", b"_max_hamming_bits", "_max_pool", b"_max_pool", "_min_pool", b"_min_pool", "filter", b"filter", "max_hamming_bits", b"max_hamming_bits", "max_pool", b"max_pool", "min_pool", b"min_pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_hamming_bits", b"_max_hamming_bits", "_max_pool", b"_max_pool", "_min_pool", b"_min_pool", "ignore_margins", b"ignore_margins", "k", b"k", "max_hamming_bits", b"max_hamming_bits", "max_pool", b"max_pool", "min_pool", b"min_pool", "min_version", b"min_version", "packed", b"packed", "rank", b"rank", "with_code", b"with_code", "with_explanation", b"with_explanation", "with_feature", b"with_feature", "with_payload", b"with_payload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_hamming_bits", b"_max_hamming_bits", "_max_pool", b"_max_pool", "_min_pool", b"_min_pool", "filter", b"filter", "ignore_margins", b"ignore_margins", "k", b"k", "max_hamming_bits", b"max_hamming_bits", "max_pool", b"max_pool", "min_pool", b"min_pool", "min_version", b"min_version", "packed", b"packed", "rank", b"rank", "with_code", b"with_code", "with_explanation", b"with_explanation", "with_feature", b"with_feature", "with_payload", b"with_payload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_hamming_bits: _TypeAlias = _typing.Literal["max_hamming_bits"]  # noqa: Y015
     _WhichOneofArgType__max_hamming_bits: _TypeAlias = _typing.Literal["_max_hamming_bits", b"_max_hamming_bits"]  # noqa: Y015
@@ -1339,6 +1530,7 @@ class StreamBallRequest(_message.Message):
     WITH_PAYLOAD_FIELD_NUMBER: _builtins.int
     MIN_VERSION_FIELD_NUMBER: _builtins.int
     WITH_CODE_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
     collection: _builtins.str
     """The collection's name."""
     radius_bits: _builtins.int
@@ -1353,6 +1545,10 @@ class StreamBallRequest(_message.Message):
     def query(self) -> Global___Query:
         """Its centre."""
 
+    @_builtins.property
+    def filter(self) -> Global___TagFilter:
+        """Only items that pass. Absent: all."""
+
     def __init__(
         self,
         *,
@@ -1362,10 +1558,11 @@ class StreamBallRequest(_message.Message):
         with_payload: _builtins.bool = ...,
         min_version: _builtins.int = ...,
         with_code: _builtins.bool = ...,
+        filter: Global___TagFilter | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["query", b"query"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "query", b"query"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "min_version", b"min_version", "query", b"query", "radius_bits", b"radius_bits", "with_code", b"with_code", "with_payload", b"with_payload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "filter", b"filter", "min_version", b"min_version", "query", b"query", "radius_bits", b"radius_bits", "with_code", b"with_code", "with_payload", b"with_payload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1483,7 +1680,7 @@ class VerifyRequest(_message.Message):
     collection: _builtins.str
     """The collection's name."""
     repair: _builtins.bool
-    """Rewrite what differs from Redis."""
+    """Rewrite what differs: from another replica, from Redis, from what is whole in the files."""
     def __init__(
         self,
         *,
@@ -1510,6 +1707,7 @@ class VerifyResponse(_message.Message):
     DIFFERENCES_FIELD_NUMBER: _builtins.int
     N_DIFFERENCES_FIELD_NUMBER: _builtins.int
     N_REPAIRED_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """The version at which both were compared."""
     n_catalog_items: _builtins.int
@@ -1520,6 +1718,10 @@ class VerifyResponse(_message.Message):
     """How many differences there are."""
     n_repaired: _builtins.int
     """How many were mended."""
+    digest: _builtins.bytes
+    """BLAKE2b, 16 bytes, over all items of this replica in the order of their writes: two replicas at
+    one version have the same.
+    """
     @_builtins.property
     def differences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """One line for each difference, the first thousand."""
@@ -1533,11 +1735,122 @@ class VerifyResponse(_message.Message):
         differences: _abc.Iterable[_builtins.str] | None = ...,
         n_differences: _builtins.int = ...,
         n_repaired: _builtins.int = ...,
+        digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["differences", b"differences", "n_array_items", b"n_array_items", "n_catalog_items", b"n_catalog_items", "n_differences", b"n_differences", "n_repaired", b"n_repaired", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["differences", b"differences", "digest", b"digest", "n_array_items", b"n_array_items", "n_catalog_items", b"n_catalog_items", "n_differences", b"n_differences", "n_repaired", b"n_repaired", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___VerifyResponse: _TypeAlias = VerifyResponse  # noqa: Y015
+
+@_typing.final
+class CompactRequest(_message.Message):
+    """What to compact."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_FIELD_NUMBER: _builtins.int
+    WAIT_FOR_REPLICAS_FIELD_NUMBER: _builtins.int
+    collection: _builtins.str
+    """The collection's name."""
+    wait_for_replicas: _builtins.bool
+    """Also wait, as long as the deadline lets, until all live replicas have done it."""
+    def __init__(
+        self,
+        *,
+        collection: _builtins.str = ...,
+        wait_for_replicas: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "wait_for_replicas", b"wait_for_replicas"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CompactRequest: _TypeAlias = CompactRequest  # noqa: Y015
+
+@_typing.final
+class ErasedFile(_message.Message):
+    """A file that held rows of replaced or deleted items."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    LENGTH_BYTES_FIELD_NUMBER: _builtins.int
+    GONE_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Its path below the replica's data directory."""
+    length_bytes: _builtins.int
+    """How long it was."""
+    gone: _builtins.bool
+    """Whether it is gone. One that a search still reads goes when that search ends."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        length_bytes: _builtins.int = ...,
+        gone: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gone", b"gone", "length_bytes", b"length_bytes", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ErasedFile: _TypeAlias = ErasedFile  # noqa: Y015
+
+@_typing.final
+class CompactResponse(_message.Message):
+    """What became of the bytes of replaced and deleted items."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    N_ROWS_ERASED_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    LOG_BEGINS_AFTER_FIELD_NUMBER: _builtins.int
+    REDIS_REWRITTEN_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Every row that was dead at this version is gone from the files of the answering replica."""
+    n_rows_erased: _builtins.int
+    """Rows that were left out."""
+    log_begins_after: _builtins.int
+    """The log in Redis begins behind this version: what was written before is not in it any more."""
+    redis_rewritten: _builtins.bool
+    """Whether Redis has rewritten its own file since, so that it holds the bytes no more; false where
+    that cannot be told.
+    """
+    complete: _builtins.bool
+    """Whether all of the above holds for every live replica and for Redis. Backups, and disks' own
+    copies, are nobody's business here.
+    """
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___ErasedFile]:
+        """The files that held them."""
+
+    @_builtins.property
+    def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaInfo]:
+        """All replicas that Redis knows, each with what it has erased."""
+
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        n_rows_erased: _builtins.int = ...,
+        files: _abc.Iterable[Global___ErasedFile] | None = ...,
+        log_begins_after: _builtins.int = ...,
+        redis_rewritten: _builtins.bool = ...,
+        replicas: _abc.Iterable[Global___ReplicaInfo] | None = ...,
+        complete: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "files", b"files", "log_begins_after", b"log_begins_after", "n_rows_erased", b"n_rows_erased", "redis_rewritten", b"redis_rewritten", "replicas", b"replicas", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CompactResponse: _TypeAlias = CompactResponse  # noqa: Y015

@@ -100,6 +100,11 @@ class SearchServiceStub(object):
                 request_serializer=hashlens_dot_v1_dot_search__service__pb2.VerifyRequest.SerializeToString,
                 response_deserializer=hashlens_dot_v1_dot_search__service__pb2.VerifyResponse.FromString,
                 _registered_method=True)
+        self.Compact = channel.unary_unary(
+                '/hashlens.v1.SearchService/Compact',
+                request_serializer=hashlens_dot_v1_dot_search__service__pb2.CompactRequest.SerializeToString,
+                response_deserializer=hashlens_dot_v1_dot_search__service__pb2.CompactResponse.FromString,
+                _registered_method=True)
 
 
 class SearchServiceServicer(object):
@@ -195,7 +200,15 @@ class SearchServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Verify(self, request, context):
-        """Compares Redis with the arrays.
+        """Compares Redis with the arrays of the answering replica, and checks every checksum.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Compact(self, request, context):
+        """Rewrites the files of all replicas without the rows of replaced and deleted items, and says when
+        their bytes are gone. Searching and writing go on meanwhile.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -268,6 +281,11 @@ def add_SearchServiceServicer_to_server(servicer, server):
                     servicer.Verify,
                     request_deserializer=hashlens_dot_v1_dot_search__service__pb2.VerifyRequest.FromString,
                     response_serializer=hashlens_dot_v1_dot_search__service__pb2.VerifyResponse.SerializeToString,
+            ),
+            'Compact': grpc.unary_unary_rpc_method_handler(
+                    servicer.Compact,
+                    request_deserializer=hashlens_dot_v1_dot_search__service__pb2.CompactRequest.FromString,
+                    response_serializer=hashlens_dot_v1_dot_search__service__pb2.CompactResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -622,6 +640,33 @@ class SearchService(object):
             '/hashlens.v1.SearchService/Verify',
             hashlens_dot_v1_dot_search__service__pb2.VerifyRequest.SerializeToString,
             hashlens_dot_v1_dot_search__service__pb2.VerifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Compact(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hashlens.v1.SearchService/Compact',
+            hashlens_dot_v1_dot_search__service__pb2.CompactRequest.SerializeToString,
+            hashlens_dot_v1_dot_search__service__pb2.CompactResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -64,7 +64,11 @@ class SearchServiceStub:
     more is RESOURCE_EXHAUSTED with RetryInfo.
     """
     Verify: _grpc.UnaryUnaryMultiCallable[_search_service_pb2.VerifyRequest, _search_service_pb2.VerifyResponse]
-    """Compares Redis with the arrays."""
+    """Compares Redis with the arrays of the answering replica, and checks every checksum."""
+    Compact: _grpc.UnaryUnaryMultiCallable[_search_service_pb2.CompactRequest, _search_service_pb2.CompactResponse]
+    """Rewrites the files of all replicas without the rows of replaced and deleted items, and says when
+    their bytes are gone. Searching and writing go on meanwhile.
+    """
 
 @_typing.type_check_only
 class SearchServiceAsyncStub(SearchServiceStub):
@@ -102,7 +106,11 @@ class SearchServiceAsyncStub(SearchServiceStub):
     more is RESOURCE_EXHAUSTED with RetryInfo.
     """
     Verify: _aio.UnaryUnaryMultiCallable[_search_service_pb2.VerifyRequest, _search_service_pb2.VerifyResponse]  # type: ignore[assignment]
-    """Compares Redis with the arrays."""
+    """Compares Redis with the arrays of the answering replica, and checks every checksum."""
+    Compact: _aio.UnaryUnaryMultiCallable[_search_service_pb2.CompactRequest, _search_service_pb2.CompactResponse]  # type: ignore[assignment]
+    """Rewrites the files of all replicas without the rows of replaced and deleted items, and says when
+    their bytes are gone. Searching and writing go on meanwhile.
+    """
 
 class SearchServiceServicer(metaclass=_abc_1.ABCMeta):
     """Stores embeddings and finds the nearest: Hamming distance first, Euclidean inside the pool."""
@@ -215,6 +223,16 @@ class SearchServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _search_service_pb2.VerifyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_search_service_pb2.VerifyResponse, _abc.Awaitable[_search_service_pb2.VerifyResponse]]:
-        """Compares Redis with the arrays."""
+        """Compares Redis with the arrays of the answering replica, and checks every checksum."""
+
+    @_abc_1.abstractmethod
+    def Compact(
+        self,
+        request: _search_service_pb2.CompactRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_search_service_pb2.CompactResponse, _abc.Awaitable[_search_service_pb2.CompactResponse]]:
+        """Rewrites the files of all replicas without the rows of replaced and deleted items, and says when
+        their bytes are gone. Searching and writing go on meanwhile.
+        """
 
 def add_SearchServiceServicer_to_server(servicer: SearchServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

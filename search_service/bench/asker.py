@@ -44,6 +44,12 @@ class _NoIds:
     def payloads_of(self, rows: NDArray[np.int64]) -> list[bytes]:
         raise AssertionError(_NO_IDS)
 
+    def tags_of(self, rows: NDArray[np.int64]) -> list[tuple[str, ...]]:
+        raise AssertionError(_NO_IDS)
+
+    def expiries_of(self, rows: NDArray[np.int64]) -> list[int]:
+        raise AssertionError(_NO_IDS)
+
 
 def snapshot_of(table: CodeSet) -> Snapshot:
     """Return codes as a snapshot to search, without features and ids."""

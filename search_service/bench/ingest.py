@@ -53,7 +53,8 @@ def ingest(config: IngestConfig) -> None:
     """Write items through the client into a search service of its own.
 
     Acknowledged means that the store has it on disk; searchable, that this replica's arrays have
-    it, too. Items come back as they were written, or the run fails.
+    it, too. Features are made before, and kept in memory. Items come back as they were written, or
+    the run fails.
     """
     check_outputs(config)
     with interruptible(), tempfile.TemporaryDirectory(dir=config.data) as folder:
@@ -73,7 +74,7 @@ def _case(config: IngestConfig, address: str, data_dir: Path, dim: int, callers:
     name = f"ingest-{uuid.uuid4().hex[:8]}"
     spec = CollectionSpec(name, "bench", config.bits, dim, FeatureDtype.F16, n)
     codes = make_codes("trained", n, config.bits, n_queries=1, seed=config.seed)
-    rows = load.Rows(codes, spec, config.seed)
+    rows = load.Rows(codes, spec, config.seed).keeping(n)
     with Client(address, address) as client:
         client.create_collection(name, spec=spec)
         written = load.write(client, rows, 0, n, callers=callers)

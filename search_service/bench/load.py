@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,11 +27,17 @@ _WRITABLE_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows to write: codes in memory, features made again whenever they are needed."""
+    """Rows to write: codes in memory, features made again whenever they are needed, or kept."""
 
     codes: CodeSet
     spec: CollectionSpec
     seed: int
+    kept: NDArray[Any] | None = None
+    """Features of the first rows, so that who times writing does not time making them."""
+
+    def keeping(self, n: int) -> Rows:
+        """Return the same rows with the features of the first `n` made."""
+        return replace(self, kept=self.features(np.arange(n)) if self.spec.dim else None)
 
     def id_of(self, row: int) -> str:
         """Return a row's id."""
@@ -39,6 +45,8 @@ class Rows:
 
     def features(self, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Return the features of rows: shape ``[n, dim]``."""
+        if self.kept is not None:
+            return self.kept[rows]
         classes = self.codes.classes[rows]
         dtype = self.spec.feature_dtype.numpy
         return make_features(classes, self.spec.dim, dtype, seed=self.seed, rows=rows)

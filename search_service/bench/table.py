@@ -127,6 +127,7 @@ def _written(shape: Shape, dtype: FeatureDtype, folder: Path) -> Table:
                 records=np.zeros(len(features), dtype=layout.ROW),
                 ids=b"",
                 payloads=b"",
+                tags=b"",
                 features=features.tobytes(),
                 deaths=np.zeros(0, dtype=layout.DEATH),
             )

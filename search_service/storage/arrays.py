@@ -1,4 +1,4 @@
-"""The files of a collection's rows: codes, records, ids, payloads, tombstones, features."""
+"""The files of a collection's rows: codes, records, ids, payloads, tags, tombstones, features."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from hashlens.errors import DataLossError
 from hashlens.types import CollectionSpec
 from search_service.storage import layout
 from search_service.storage.append_file import AppendFile
+from search_service.storage.failpoints import reach
 from search_service.storage.manifest import FileState, Manifest
 
 
@@ -72,6 +73,7 @@ class Arrays:
             self._rows = self._file(layout.rows_file(generation))
             self._ids = self._file(layout.ids_file(generation))
             self._payloads = self._file(layout.payloads_file(generation))
+            self._tags = self._file(layout.tags_file(generation))
             self._deaths = self._file(layout.deaths_file(generation))
             if manifest is not None:
                 self._load(manifest)
@@ -110,6 +112,7 @@ class Arrays:
         records: NDArray[Any],
         ids: bytes,
         payloads: bytes,
+        tags: bytes,
         features: bytes,
         deaths: NDArray[Any],
     ) -> None:
@@ -121,7 +124,7 @@ class Arrays:
             Codes of the new rows: uint8, shape ``[n, n_bytes]``.
         records
             `layout.ROW`, shape ``[n]``.
-        ids, payloads, features
+        ids, payloads, tags, features
             Of all new rows, one after the other.
         deaths
             `layout.DEATH`, shape ``[m]``.
@@ -133,15 +136,19 @@ class Arrays:
         """
         n_segments = len(self._segments)
         try:
+            reach("append.begin")
             if len(records):
                 for file, words in zip(self._words, codes.as_words(packed), strict=True):
                     self._append(file, words.astype("<u8", copy=False).data)
                 self._append(self._rows, records.tobytes())
                 self._append(self._ids, ids)
                 self._append(self._payloads, payloads)
+                self._append(self._tags, tags)
                 if self._spec.dim:
+                    reach("append.features")
                     self._append_features(memoryview(features), len(records))
             self._append(self._deaths, deaths.tobytes())
+            reach("append.commit")
         except BaseException:
             for file in self._open:
                 file.rollback()
@@ -185,9 +192,13 @@ class Arrays:
         """Return all payloads, mapped; `layout.ROW` says where each ends."""
         return self._payloads.view()
 
-    def ends(self) -> tuple[int, int]:
-        """Return where the ids and the payloads end, in bytes."""
-        return self._ids.length, self._payloads.length
+    def tag_bytes(self) -> NDArray[np.uint8]:
+        """Return all tags, mapped; `layout.ROW` says where each row's end."""
+        return self._tags.view()
+
+    def ends(self) -> tuple[int, int, int]:
+        """Return where the ids, the payloads and the tags end, in bytes."""
+        return self._ids.length, self._payloads.length, self._tags.length
 
     def state(self) -> tuple[dict[str, FileState], list[AppendFile], bool]:
         """Return what counts now, the files to sync to make it durable, and whether names are new.
@@ -233,8 +244,10 @@ class Arrays:
             raise DataLossError(f"the manifest in {self._directory} lists files without rows")
         if self.rows:
             last = self.records()[-1]
-            if (last["id_end"], last["payload_end"]) != self.ends():
-                raise DataLossError(f"the ids or payloads in {self._directory} do not fit the rows")
+            if (last["id_end"], last["payload_end"], last["tags_end"]) != self.ends():
+                raise DataLossError(
+                    f"ids, payloads or tags in {self._directory} do not fit the rows"
+                )
         self._states = None
         self.retire(self._segments)
 
@@ -269,6 +282,7 @@ class Arrays:
         while done < n:
             segment, position = divmod(self.rows + done, self.rows_per_segment)
             if segment == len(self._segments):
+                reach("seal.segment")
                 self._add_segment(segment)
                 self._new_names = True
             count = min(n - done, self.rows_per_segment - position)

@@ -17,9 +17,12 @@ from hashlens.errors import (
     PreconditionError,
     UnavailableError,
 )
+from hashlens.packed_items import PackedItems
 from hashlens.types import (
     MAX_ID_BYTES,
     MAX_PAYLOAD_BYTES,
+    MAX_TAG_BYTES,
+    MAX_TAGS,
     CollectionInfo,
     CollectionSpec,
     DeleteResult,
@@ -27,9 +30,11 @@ from hashlens.types import (
 from search_service.snapshot import Snapshot
 from search_service.storage import layout
 from search_service.storage.catalog import Catalog, Raw
+from search_service.storage.failpoints import reach
 from search_service.storage.follower import Follower
 from search_service.storage.keys import Meta
 from search_service.storage.local import LocalCollection
+from search_service.storage.packed_records import packed_records
 from search_service.storage.records import Record
 
 logger = logging.getLogger(__name__)
@@ -132,11 +137,14 @@ class Collection:
             durability="unknown" if away else self._durability(),
             writable=trouble is None,
             detail=self._checkpoint_trouble if trouble is None else trouble.message,
+            replica_id=self._replica_id,
+            n_missing_features=self._local.n_missing_features,
+            erased_version=self._local.erased_seq,
         )
 
     def upsert(
         self,
-        items: Sequence[Record],
+        items: Sequence[Record] | PackedItems,
         *,
         request_id: str,
         deadline_s: float,
@@ -175,10 +183,13 @@ class Collection:
         OverloadedError
             This replica has not applied what was written before. Nothing is written.
         """
-        records = [self._pack(item, f"items[{i}]") for i, item in enumerate(items)]
+        give_up = time.monotonic() + deadline_s
+        if isinstance(items, PackedItems):
+            records = packed_records(items, self.spec)
+        else:
+            records = [self._pack(item, f"items[{i}]") for i, item in enumerate(items)]
         if not records:
             return self.snapshot().version
-        give_up = time.monotonic() + deadline_s
         self._check_writable(deadline_s)
         self._keep_up(give_up)
         written = self._catalog.put(
@@ -233,6 +244,7 @@ class Collection:
         self._checkpoint_trouble = ""
         if self._follower.trouble is not None:
             return seq
+        reach("checkpoint.trim")
         try:
             self._catalog.trim(
                 self._meta,
@@ -320,7 +332,21 @@ class Collection:
             raise InvalidInputError(
                 f"A payload has at most {MAX_PAYLOAD_BYTES} bytes.", field=f"{field}.payload"
             )
-        return Raw(item_id, layout.pack_put(item_id, item.code, item.payload, item.feature))
+        unused_bits = self.spec.n_bits % 8
+        if unused_bits and item.code[-1] >> unused_bits:
+            raise InvalidInputError(
+                "The bits behind a code's end are zero.", field=f"{field}.embedding.code"
+            )
+        tags = [tag.encode() for tag in item.tags]
+        if len(tags) > MAX_TAGS or any(not 0 < len(tag) <= MAX_TAG_BYTES for tag in tags):
+            raise InvalidInputError(
+                f"An item has at most {MAX_TAGS} tags of 1 to {MAX_TAG_BYTES} bytes.",
+                field=f"{field}.tags",
+            )
+        if not 0 <= item.expires_ms < 1 << 63:
+            raise InvalidInputError("No such time.", field=f"{field}.expires_unix_ms")
+        extras = layout.pack_extras(item.payload, layout.pack_tags(item.tags), item.expires_ms)
+        return Raw(item_id, layout.pack_put(item_id, item.code, extras, item.feature))
 
 
 def _id_bytes(item_id: str, field: str) -> bytes:

@@ -12,7 +12,6 @@ from typing import Final, NoReturn
 
 import redis
 
-from hashlens import codes
 from hashlens.errors import (
     HashlensError,
     InternalError,
@@ -77,7 +76,6 @@ class Follower:
         self._timeout_s = timeout_s
         self._on_change = on_change
         self._feature_bytes = layout.feature_bytes(local.spec)
-        self._code_bytes = codes.n_bytes(local.spec.n_bits)
         self.mean_bytes = float(layout.record_bytes(local.spec))
         """Of a log record in the last batch; at first, of one without a payload."""
         self._trouble: HashlensError | None = UnavailableError("Redis has not answered yet.")
@@ -210,7 +208,7 @@ class Follower:
             return
         self._refusal = None
         records = [
-            layout.unpack_record(seq, raw, self._code_bytes, self._feature_bytes)
+            layout.unpack_record(seq, raw, local.spec.n_bits, self._feature_bytes)
             for seq, raw in batch.entries
         ]
         if [record.seq for record in records] != list(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -25,11 +26,16 @@ ROW: Final = np.dtype(
         ("seq", "<u8"),
         ("id_end", "<u8"),
         ("payload_end", "<u8"),
+        ("tags_end", "<u8"),
+        ("expires_ms", "<u8"),
         ("feature_crc32", "<u4"),
         ("flags", "<u4"),
     ]
 )
-"""One row of ``rows-<g>.rec``, 32 bytes. An id begins where the row before ends."""
+"""One row of ``rows-<g>.rec``, 48 bytes. An id, a payload, tags begin where the row before ends."""
+
+NO_FEATURE: Final = 1
+"""In `ROW` flags: the row's feature is missing; zeros stand in its place, and their CRC-32."""
 
 DEATH: Final = np.dtype([("row", "<u8"), ("seq", "<u8")])
 """One tombstone of ``dead-<g>.u64``, 16 bytes: which row, and the write that killed it."""
@@ -41,6 +47,7 @@ DELETE: Final = 2
 """The log record removes an item."""
 
 _RECORD = struct.Struct("<BHII")
+_EXTRAS = struct.Struct("<QH")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _BUCKET_ENTRIES = 128
 _MAX_BUCKETS = 1 << 24
@@ -57,6 +64,10 @@ class LogRecord(NamedTuple):
     id: str
     code: bytes
     payload: bytes
+    tags: bytes
+    """As `pack_tags` made them."""
+    expires_ms: int
+    """When the item removes itself, in milliseconds since 1970; 0: never."""
     feature: bytes
     """Little-endian numbers; empty for a collection of codes only."""
     raw: bytes
@@ -68,10 +79,52 @@ def is_safe_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def pack_put(item_id: bytes, code: bytes, payload: bytes, feature: bytes) -> bytes:
-    """Return the log record of a written item."""
-    header = _RECORD.pack(PUT, len(item_id), len(payload), len(feature))
-    return b"".join((header, item_id, code, payload, feature))
+def pack_put(item_id: bytes, code: bytes, extras: bytes, feature: bytes | memoryview) -> bytes:
+    """Return the log record of a written item; `extras` as `pack_extras` made them."""
+    header = _RECORD.pack(PUT, len(item_id), len(extras), len(feature))
+    return b"".join((header, item_id, code, extras, feature))
+
+
+def pack_extras(payload: bytes, tags: bytes, expires_ms: int) -> bytes:
+    """Return what an item has beside its embedding; empty if it has nothing."""
+    if not payload and not tags and not expires_ms:
+        return b""
+    return b"".join((_EXTRAS.pack(expires_ms, len(tags)), tags, payload))
+
+
+def unpack_extras(extras: bytes) -> tuple[bytes, bytes, int]:
+    """Return payload, tags and expiry; ValueError if they are not what `pack_extras` makes."""
+    if not extras:
+        return b"", b"", 0
+    if len(extras) < _EXTRAS.size:
+        raise ValueError("extras are cut")
+    expires_ms, tags_bytes = _EXTRAS.unpack_from(extras)
+    payload_at = _EXTRAS.size + tags_bytes
+    if payload_at > len(extras):
+        raise ValueError("tags are cut")
+    tags = extras[_EXTRAS.size : payload_at]
+    unpack_tags(tags)
+    return extras[payload_at:], tags, expires_ms
+
+
+def pack_tags(tags: Sequence[str]) -> bytes:
+    """Return tags as they are stored: a length byte before each; sorted, each once."""
+    encoded = sorted({tag.encode() for tag in tags})
+    return b"".join([bytes((len(tag),)) + tag for tag in encoded])
+
+
+def unpack_tags(packed: bytes) -> tuple[str, ...]:
+    """Return tags; ValueError if they are not what `pack_tags` makes."""
+    found: list[bytes] = []
+    at = 0
+    while at < len(packed):
+        end = at + 1 + packed[at]
+        tag = packed[at + 1 : end]
+        if end > len(packed) or not tag or (found and tag <= found[-1]):
+            raise ValueError("tags are cut or out of order")
+        found.append(tag)
+        at = end
+    return tuple([tag.decode() for tag in found])
 
 
 def pack_delete(item_id: bytes) -> bytes:
@@ -79,7 +132,7 @@ def pack_delete(item_id: bytes) -> bytes:
     return _RECORD.pack(DELETE, len(item_id), 0, 0) + item_id
 
 
-def unpack_record(seq: int, raw: bytes, code_bytes: int, feature_bytes: int) -> LogRecord:
+def unpack_record(seq: int, raw: bytes, n_bits: int, feature_bytes: int) -> LogRecord:
     """Read a log record.
 
     Parameters
@@ -88,7 +141,7 @@ def unpack_record(seq: int, raw: bytes, code_bytes: int, feature_bytes: int) -> 
         Its sequence number, for the error message.
     raw
         As `pack_put` or `pack_delete` made it.
-    code_bytes, feature_bytes
+    n_bits, feature_bytes
         What the collection's items have.
 
     Raises
@@ -97,22 +150,29 @@ def unpack_record(seq: int, raw: bytes, code_bytes: int, feature_bytes: int) -> 
         It is not such a record, or not of such a collection.
     """
     try:
-        op, id_bytes, payload_bytes, found_bytes = _RECORD.unpack_from(raw)
+        op, id_bytes, extras_bytes, found_bytes = _RECORD.unpack_from(raw)
         id_end = _RECORD.size + id_bytes
-        code_end = id_end + (code_bytes if op == PUT else 0)
-        payload_end = code_end + payload_bytes
+        code_end = id_end + (codes.n_bytes(n_bits) if op == PUT else 0)
+        extras_end = code_end + extras_bytes
         expected_bytes = feature_bytes if op == PUT else 0
         if op not in (PUT, DELETE) or found_bytes != expected_bytes:
             raise ValueError("unknown operation or wrong feature length")
-        if payload_end + found_bytes != len(raw):
+        if not id_bytes or extras_end + found_bytes != len(raw):
             raise ValueError("wrong length")
+        if op == PUT and n_bits % 8 and raw[code_end - 1] >> n_bits % 8:
+            raise ValueError("bits behind the code's end")
+        if op == DELETE and extras_bytes:
+            raise ValueError("a delete with extras")
+        payload, tags, expires_ms = unpack_extras(raw[code_end:extras_end])
         return LogRecord(
             seq,
             op,
             raw[_RECORD.size : id_end].decode(),
             raw[id_end:code_end],
-            raw[code_end:payload_end],
-            raw[payload_end:],
+            payload,
+            tags,
+            expires_ms,
+            raw[extras_end:],
             raw,
         )
     except (struct.error, ValueError) as error:
@@ -167,6 +227,11 @@ def ids_file(generation: int) -> str:
 def payloads_file(generation: int) -> str:
     """Return the name of the file of payloads, without separators."""
     return f"payloads-{generation}.bin"
+
+
+def tags_file(generation: int) -> str:
+    """Return the name of the file of tags, as `pack_tags` makes them, without separators."""
+    return f"tags-{generation}.bin"
 
 
 def deaths_file(generation: int) -> str:

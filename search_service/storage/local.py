@@ -26,6 +26,7 @@ from hashlens.types import CollectionSpec
 from search_service.snapshot import Snapshot
 from search_service.storage import layout, manifest
 from search_service.storage.arrays import Arrays
+from search_service.storage.failpoints import reach
 from search_service.storage.id_index import StoredIds
 from search_service.storage.layout import LogRecord
 from search_service.storage.manifest import Manifest
@@ -47,6 +48,8 @@ class LocalCollection:
         """Of that write's log record; 0 where there is none."""
         self.checkpoint_seq = loaded.seq
         """The last write that is safe in the files."""
+        self.erased_seq = loaded.erased_seq
+        """Rows that were dead at this write are in none of the files."""
         self._directory = directory
         self._generation = loaded.generation
         self._arrays = arrays
@@ -93,9 +96,12 @@ class LocalCollection:
                 log_crc32=0,
                 rows=0,
                 deaths=0,
+                erased_seq=0,
                 files=arrays.state()[0],
             )
+            reach("create.manifest")
             manifest.write(draft, empty)
+            reach("create.rename")
             draft.rename(directory)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
@@ -145,6 +151,11 @@ class LocalCollection:
         return self._table.n_dead
 
     @property
+    def n_missing_features(self) -> int:
+        """Alive rows whose feature is missing."""
+        return self._table.n_missing
+
+    @property
     def pending(self) -> tuple[int, int]:
         """Rows and bytes applied since the last checkpoint began."""
         return self._rows_since_checkpoint, self._bytes_since_checkpoint
@@ -180,12 +191,14 @@ class LocalCollection:
         """
         puts, deaths = self._sort_out(records)
         with self._lock:
-            id_end, payload_end = self._arrays.ends()
+            id_end, payload_end, tags_end = self._arrays.ends()
             ids = [record.id.encode() for record in puts]
             rows = np.zeros(len(puts), dtype=layout.ROW)
             rows["seq"] = [record.seq for record in puts]
             rows["id_end"] = id_end + _running_total([len(item_id) for item_id in ids])
             rows["payload_end"] = payload_end + _running_total([len(r.payload) for r in puts])
+            rows["tags_end"] = tags_end + _running_total([len(r.tags) for r in puts])
+            rows["expires_ms"] = [record.expires_ms for record in puts]
             rows["feature_crc32"] = [zlib.crc32(record.feature) for record in puts]
             packed = np.frombuffer(b"".join([record.code for record in puts]), dtype=np.uint8)
             self._arrays.append(
@@ -193,6 +206,7 @@ class LocalCollection:
                 records=rows,
                 ids=b"".join(ids),
                 payloads=b"".join([record.payload for record in puts]),
+                tags=b"".join([record.tags for record in puts]),
                 features=b"".join([record.feature for record in puts]),
                 deaths=np.array(deaths, dtype=layout.DEATH),
             )
@@ -202,6 +216,7 @@ class LocalCollection:
             self.log_crc32 = zlib.crc32(records[-1].raw)
             self._rows_since_checkpoint += len(records)
             self._bytes_since_checkpoint += sum(len(record.raw) for record in records)
+        reach("append.publish")
         snapshot = self._build()
         with self._published:
             self._snapshot = snapshot
@@ -239,12 +254,15 @@ class LocalCollection:
                     log_crc32=self.log_crc32,
                     rows=self._arrays.rows,
                     deaths=self._arrays.deaths,
+                    erased_seq=self.erased_seq,
                     files=files,
                 )
                 self._rows_since_checkpoint = self._bytes_since_checkpoint = 0
             try:
+                reach("checkpoint.begin")
                 for file in unsynced:
                     file.sync()
+                    reach("checkpoint.sync")
                 if new_names:
                     manifest.sync_directory(self._directory)
             except OSError as error:
@@ -304,10 +322,18 @@ class LocalCollection:
             rows=arrays.rows,
             n_alive=arrays.rows - table.n_dead,
             words=arrays.words(),
-            ids=RowsAt(table, arrays.rows, dead, self._stored_ids(), arrays.payload_bytes()),
+            ids=RowsAt(
+                table,
+                arrays.rows,
+                dead,
+                self._stored_ids(),
+                arrays.payload_bytes(),
+                arrays.tag_bytes(),
+            ),
             features=arrays.features(),
             rows_per_segment=arrays.rows_per_segment,
             dead=dead,
+            has_feature=table.has_feature_flags(),
             model_id=self.spec.model_id,
             table_id=f"{self.epoch}/{self._generation}",
         )
@@ -316,7 +342,9 @@ class LocalCollection:
 def discard(directory: Path) -> None:
     """Delete a directory so that a crash never leaves half of it under its name."""
     doomed = directory.with_name(f".trash-{uuid.uuid4().hex}")
+    reach("drop.begin")
     directory.rename(doomed)
+    reach("drop.files")
     shutil.rmtree(doomed)
 
 
@@ -345,6 +373,7 @@ def _load_table(directory: Path, arrays: Arrays) -> RowTable:
     if dead.size and int(dead.max()) >= arrays.rows:
         raise DataLossError(f"a tombstone in {directory} has no row")
     table.kill(dead)
+    table.lose(np.flatnonzero(arrays.records()["flags"] & layout.NO_FEATURE))
     return table
 
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 from hashlens.errors import DataLossError, PreconditionError
 from hashlens.types import CollectionSpec, FeatureDtype
 from search_service.storage import layout
+from search_service.storage.failpoints import reach
 
 MANIFEST: Final = "MANIFEST.json"
 """Its file name."""
@@ -46,6 +47,8 @@ class Manifest:
     """Of the log record of that write; 0 where there is none yet."""
     rows: int
     deaths: int
+    erased_seq: int
+    """Rows that were dead at this write are in none of the files."""
     files: dict[str, FileState]
 
 
@@ -61,6 +64,7 @@ def write(directory: Path, manifest: Manifest) -> None:
     body["spec"]["feature_dtype"] = manifest.spec.feature_dtype.value
     body["format"] = layout.FORMAT_VERSION
     body["checksum"] = _checksum(body)
+    reach("checkpoint.manifest")
     replace_file(directory / MANIFEST, json.dumps(body, indent=1).encode())
 
 
@@ -100,6 +104,7 @@ def replace_file(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        reach("checkpoint.rename")
         partial.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):

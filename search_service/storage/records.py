@@ -15,3 +15,7 @@ class Record:
     feature: bytes = b""
     """Little-endian numbers of the collection's dtype; empty for a collection of codes only."""
     payload: bytes = b""
+    tags: tuple[str, ...] = ()
+    """Words to filter by, sorted, each once."""
+    expires_ms: int = 0
+    """When it removes itself, in milliseconds since 1970; 0: never."""

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search_service.snapshot import Texts, read_only
+from search_service.storage import layout
 from search_service.storage.id_index import IdIndex, StoredIds
 
 
@@ -33,6 +34,8 @@ class RowTable:
         self._ids = IdIndex()
         self._dead: NDArray[np.uint8] = np.zeros(0, dtype=np.uint8)
         """1 where a row is dead; longer than the rows, so that appending needs no copy."""
+        self._missing: NDArray[np.uint8] = np.zeros(0, dtype=np.uint8)
+        """1 where a row's feature is missing; likewise."""
 
     def index(self, stored: StoredIds) -> None:
         """Index the ids of the rows that were there at first, unless that is done."""
@@ -62,22 +65,47 @@ class RowTable:
         """Mark rows as dead, in a copy: versions that are being read keep their flags."""
         if len(rows) == 0:
             return
-        dead = np.zeros(self.rows + max(self.rows // 4, 1024), dtype=np.uint8)
-        dead[: len(self._dead)] = self._dead
-        dead[rows] = 1
-        self._dead = dead
+        self._dead = self._flagged(self._dead, rows)
         self.n_dead += len(rows)
+
+    def lose(self, rows: NDArray[np.int64]) -> None:
+        """Mark rows as without a feature, in a copy, as `kill` does."""
+        if len(rows):
+            self._missing = self._flagged(self._missing, rows)
+
+    @property
+    def n_missing(self) -> int:
+        """How many alive rows have no feature."""
+        missing = np.flatnonzero(self._missing[: self.rows])
+        return len(missing) - int(np.count_nonzero(self._padded(self._dead)[missing]))
 
     def dead_flags(self) -> NDArray[np.uint8] | None:
         """Return 1 for each dead row, shape ``[rows]``, never changed again; None without any."""
-        rows = self.rows
         if self.n_dead == 0:
             return None
-        if len(self._dead) < rows:
-            self._dead = np.concatenate(
-                (self._dead, np.zeros(rows - len(self._dead) + rows // 4, dtype=np.uint8))
-            )
-        return read_only(self._dead[:rows])
+        self._dead = self._padded(self._dead)
+        return read_only(self._dead[: self.rows])
+
+    def has_feature_flags(self) -> NDArray[np.uint8] | None:
+        """Return 0 for a row without a feature, else 1, shape ``[rows]``; None if all have one."""
+        missing = self._missing[: self.rows]
+        if not missing.any():
+            return None
+        return read_only(1 - self._padded(self._missing)[: self.rows])
+
+    def _flagged(self, flags: NDArray[np.uint8], rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Return a copy, with room for more rows, in which `rows` are flagged."""
+        copied = np.zeros(self.rows + max(self.rows // 4, 1024), dtype=np.uint8)
+        copied[: len(flags)] = flags
+        copied[rows] = 1
+        return copied
+
+    def _padded(self, flags: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return flags that reach to the last row at least."""
+        rows = self.rows
+        if len(flags) >= rows:
+            return flags
+        return np.concatenate((flags, np.zeros(rows - len(flags) + rows // 4, dtype=np.uint8)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +118,8 @@ class RowsAt:
     ids: StoredIds
     payloads: NDArray[np.uint8]
     """All payloads, mapped."""
+    tags: NDArray[np.uint8]
+    """All tags, mapped."""
 
     def id_texts(self) -> Texts:
         """Return the ids of all rows as UTF-8, views."""
@@ -98,6 +128,10 @@ class RowsAt:
     def payload_texts(self) -> Texts:
         """Return the payloads of all rows, views."""
         return Texts(self.payloads, self.ids.records["payload_end"])
+
+    def tag_texts(self) -> Texts:
+        """Return the tags of all rows, as `layout.pack_tags` made them, views."""
+        return Texts(self.tags, self.ids.records["tags_end"])
 
     def ids_of(self, rows: NDArray[np.int64]) -> list[str]:
         """Return the ids of rows, in the order of `rows`; int64, shape ``[n]``."""
@@ -112,8 +146,20 @@ class RowsAt:
 
     def payloads_of(self, rows: NDArray[np.int64]) -> list[bytes]:
         """Return the payloads of rows, in the order of `rows`; int64, shape ``[n]``. Copies."""
-        ends = self.ids.records["payload_end"]
-        stops = ends[rows].tolist()
-        starts = np.where(rows > 0, ends[rows - 1], 0).tolist()
-        view = self.payloads.data
-        return [bytes(view[start:stop]) for start, stop in zip(starts, stops, strict=True)]
+        return _slices(self.payload_texts(), rows)
+
+    def tags_of(self, rows: NDArray[np.int64]) -> list[tuple[str, ...]]:
+        """Return the tags of rows, in the order of `rows`; int64, shape ``[n]``."""
+        return [layout.unpack_tags(packed) for packed in _slices(self.tag_texts(), rows)]
+
+    def expiries_of(self, rows: NDArray[np.int64]) -> list[int]:
+        """Return when rows expire, in ms since 1970 or 0 for never; int64, shape ``[n]``."""
+        expiries: list[int] = self.ids.records["expires_ms"][rows].tolist()
+        return expiries
+
+
+def _slices(texts: Texts, rows: NDArray[np.int64]) -> list[bytes]:
+    stops = texts.ends[rows].tolist()
+    starts = np.where(rows > 0, texts.ends[rows - 1], 0).tolist()
+    view = texts.data.data
+    return [bytes(view[start:stop]) for start, stop in zip(starts, stops, strict=True)]

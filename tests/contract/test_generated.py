@@ -47,6 +47,7 @@ def test_the_services_have_the_methods_of_the_design() -> None:
         "StreamBall",
         "Audit",
         "Verify",
+        "Compact",
     }
 
 

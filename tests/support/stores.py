@@ -21,6 +21,8 @@ from search_service.snapshot import Snapshot
 from search_service.storage import Collection, Record
 
 DEADLINE_S = 10.0
+FAR_MS = 4_000_000_000_000
+"""An expiry that no test lives to see."""
 
 
 def wait_until(condition: Callable[[], bool], what: str, within_s: float = 20.0) -> None:
@@ -41,7 +43,9 @@ def make_record(
     numbers = rng.standard_normal(spec.dim).astype(spec.feature_dtype.numpy)
     if payload is None:
         payload = rng.bytes(int(rng.integers(0, 30)))
-    return Record(item_id, bytes(code), numbers.tobytes(), payload)
+    tags = tuple(sorted({f"t{i}" for i in rng.integers(0, 5, size=int(rng.integers(0, 3)))}))
+    expires_ms = FAR_MS if rng.random() < 0.2 else 0
+    return Record(item_id, bytes(code), numbers.tobytes(), payload, tags, expires_ms)
 
 
 def make_records(spec: CollectionSpec, n: int, seed: int = 0, prefix: str = "i") -> list[Record]:
@@ -80,11 +84,14 @@ def contents(snapshot: Snapshot) -> dict[str, Record]:
     assert [snapshot.row_of(item_id) for item_id in ids] == rows.tolist()
     payloads = snapshot.payloads_of(rows)
     codes = snapshot.codes_of(rows)
+    tags, expiries = snapshot.ids.tags_of(rows), snapshot.ids.expiries_of(rows)
     found = {}
-    for row, item_id, code, payload in zip(rows.tolist(), ids, codes, payloads, strict=True):
+    for i, (row, item_id) in enumerate(zip(rows.tolist(), ids, strict=True)):
         feature = snapshot.feature_of(row)
         content = b"" if feature is None else feature.tobytes()
-        found[item_id] = Record(item_id, code.tobytes(), content, payload)
+        found[item_id] = Record(
+            item_id, codes[i].tobytes(), content, payloads[i], tags[i], expiries[i]
+        )
     return found
 
 
@@ -97,8 +104,24 @@ def assert_holds(collection: Collection, model: Model) -> None:
     assert (info.version, info.n_items) == (model.version, len(model.items))
 
 
+def extras(payload: bytes, tags: tuple[str, ...], expires_ms: int) -> bytes:
+    """What is stored of these, by the book."""
+    if not (payload or tags or expires_ms):
+        return b""
+    packed = b"".join(bytes([len(tag.encode())]) + tag.encode() for tag in tags)
+    return struct.pack("<QH", expires_ms, len(packed)) + packed + payload
+
+
+def log_record(record: Record) -> bytes:
+    """An item's log record, by the book."""
+    item_id = record.id.encode()
+    more = extras(record.payload, record.tags, record.expires_ms)
+    header = struct.pack("<BHII", 1, len(item_id), len(more), len(record.feature))
+    return header + item_id + record.code + more + record.feature
+
+
 def in_redis(client: redis.Redis, name: str) -> dict[str, tuple[int, bytes, bytes]]:
-    """Sequence number, code and payload of each item, read from the buckets."""
+    """Sequence number, code and extras of each item, read from the buckets."""
     meta = client.hgetall(f"hl:{{{name}}}:meta")
     n_buckets = int(meta[b"n_buckets"])
     found = {}
@@ -116,9 +139,12 @@ def in_redis(client: redis.Redis, name: str) -> dict[str, tuple[int, bytes, byte
 
 def assert_in_redis(client: redis.Redis, name: str, model: Model) -> None:
     """The buckets hold the model."""
-    expected = {i: (record.code, record.payload) for i, record in model.items.items()}
+    expected = {
+        i: (record.code, extras(record.payload, record.tags, record.expires_ms))
+        for i, record in model.items.items()
+    }
     found = in_redis(client, name)
-    assert {i: (code, payload) for i, (_, code, payload) in found.items()} == expected
+    assert {i: (code, more) for i, (_, code, more) in found.items()} == expected
     assert int(client.hget(f"hl:{{{name}}}:meta", "seq")) == model.version
 
 
@@ -140,7 +166,8 @@ def on_disk(directory: Path) -> tuple[int, dict[str, Record]]:
     n_words = -(-spec["n_bits"] // 64)
     words = [np.frombuffer(data[f"codes-{g}.w{j}.u64"], "<u8") for j in range(n_words)]
     records = [
-        struct.unpack("<QQQII", data[f"rows-{g}.rec"][i : i + 32]) for i in range(0, 32 * rows, 32)
+        struct.unpack("<QQQQQII", data[f"rows-{g}.rec"][i : i + 48])
+        for i in range(0, 48 * rows, 48)
     ]
     deaths = np.frombuffer(data[f"dead-{g}.u64"], "<u8").reshape(-1, 2)
     assert len(deaths) == manifest["deaths"]
@@ -149,8 +176,8 @@ def on_disk(directory: Path) -> tuple[int, dict[str, Record]]:
     per_segment = manifest["rows_per_segment"]
     found = {}
     for row in sorted(set(range(rows)) - {int(r) for r in deaths[:, 0]}):
-        _, id_end, payload_end, feature_crc32, flags = records[row]
-        _, id_start, payload_start, _, _ = records[row - 1] if row else (0,) * 5
+        _, id_end, payload_end, tags_end, expires_ms, feature_crc32, flags = records[row]
+        _, id_start, payload_start, tags_start, _, _, _ = records[row - 1] if row else (0,) * 7
         code = b"".join(word[row].tobytes() for word in words)[: -(-spec["n_bits"] // 8)]
         feature = b""
         if width:
@@ -161,7 +188,11 @@ def on_disk(directory: Path) -> tuple[int, dict[str, Record]]:
         assert flags == 0
         item_id = data[f"ids-{g}.bin"][id_start:id_end].decode()
         assert item_id not in found
-        found[item_id] = Record(
-            item_id, code, feature, data[f"payloads-{g}.bin"][payload_start:payload_end]
-        )
+        packed = data[f"tags-{g}.bin"][tags_start:tags_end]
+        tags = []
+        while packed:
+            tags.append(packed[1 : 1 + packed[0]].decode())
+            packed = packed[1 + packed[0] :]
+        payload = data[f"payloads-{g}.bin"][payload_start:payload_end]
+        found[item_id] = Record(item_id, code, feature, payload, tuple(tags), expires_ms)
     return manifest["seq"], found

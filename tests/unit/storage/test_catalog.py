@@ -17,7 +17,7 @@ from search_service.storage.catalog import Catalog, Raw
 from search_service.storage.connection import run_script
 from search_service.storage.keys import Keys, Meta
 from tests.support.redis_server import RedisServer
-from tests.support.stores import Model, assert_in_redis, make_record, make_records
+from tests.support.stores import Model, assert_in_redis, log_record, make_record, make_records
 
 S = 10.0
 Names = Callable[[], str]
@@ -36,10 +36,7 @@ def spec_of(name: str, **changes: object) -> CollectionSpec:
 
 
 def raws(records: list[Record]) -> list[Raw]:
-    return [
-        Raw(r.id.encode(), layout.pack_put(r.id.encode(), r.code, r.payload, r.feature))
-        for r in records
-    ]
+    return [Raw(r.id.encode(), log_record(r)) for r in records]
 
 
 def doomed(*ids: str) -> list[Raw]:
@@ -49,7 +46,7 @@ def doomed(*ids: str) -> list[Raw]:
 def log_of(client: redis.Redis, meta: Meta) -> list[layout.LogRecord]:
     entries = client.xrange(Keys(meta.spec.name).log)
     return [
-        layout.unpack_record(int(entry_id.partition(b"-")[0]), fields[b"r"], 3, 8)
+        layout.unpack_record(int(entry_id.partition(b"-")[0]), fields[b"r"], 20, 8)
         for entry_id, fields in entries
     ]
 
@@ -71,7 +68,10 @@ def test_a_write_fills_buckets_and_log(
     assert_in_redis(client, meta.spec.name, model)
     log = log_of(client, meta)
     assert [entry.seq for entry in log] == list(range(1, 601))
-    assert [Record(e.id, e.code, e.feature, e.payload) for e in log] == records
+    assert [
+        Record(e.id, e.code, e.feature, e.payload, layout.unpack_tags(e.tags), e.expires_ms)
+        for e in log
+    ] == records
 
 
 def test_replacing_and_removing(truth: Catalog, client: redis.Redis, new_name: Names) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,14 @@ from hashlens.errors import DataLossError, DeadlineError
 from hashlens.types import CollectionSpec, FeatureDtype
 from search_service.storage import Record, layout, manifest
 from search_service.storage.local import LocalCollection, clean, quarantine
-from tests.support.stores import Model, contents, make_record, make_records, on_disk
+from tests.support.stores import (
+    Model,
+    contents,
+    log_record,
+    make_record,
+    make_records,
+    on_disk,
+)
 
 SPEC = CollectionSpec("c", "m", 100, 3, FeatureDtype.F16, 1000)
 SEGMENT_BYTES = 64 * layout.feature_bytes(SPEC)
@@ -25,7 +33,7 @@ def make(directory: Path, spec: CollectionSpec = SPEC) -> LocalCollection:
 
 def put(local: LocalCollection, model: Model, records: list[Record]) -> None:
     """Apply writes as the log would bring them."""
-    raws = [layout.pack_put(r.id.encode(), r.code, r.payload, r.feature) for r in records]
+    raws = [log_record(r) for r in records]
     apply(local, raws)
     model.upsert(records)
 
@@ -36,10 +44,10 @@ def delete(local: LocalCollection, model: Model, ids: list[str]) -> None:
 
 
 def apply(local: LocalCollection, raws: list[bytes]) -> None:
-    code_bytes, feature_bytes = -(-local.spec.n_bits // 8), layout.feature_bytes(local.spec)
+    feature_bytes = layout.feature_bytes(local.spec)
     local.apply(
         [
-            layout.unpack_record(local.seq + 1 + i, raw, code_bytes, feature_bytes)
+            layout.unpack_record(local.seq + 1 + i, raw, local.spec.n_bits, feature_bytes)
             for i, raw in enumerate(raws)
         ]
     )
@@ -109,7 +117,7 @@ def test_rows_are_in_the_order_of_the_writes(tmp_path: Path) -> None:
 def test_one_batch_may_write_and_remove_the_same_id_again_and_again(tmp_path: Path) -> None:
     local = make(tmp_path)
     a, b, c = (make_records(SPEC, 1, seed=seed)[0] for seed in range(3))
-    puts = [layout.pack_put(b"i0", r.code, r.payload, r.feature) for r in (a, b, c)]
+    puts = [log_record(replace(r, id="i0")) for r in (a, b, c)]
     gone = layout.pack_delete(b"i0")
     apply(local, [puts[0], puts[1], gone, puts[2]])
     assert contents(local.snapshot) == {"i0": c}
@@ -173,7 +181,7 @@ def test_a_checkpoint_writes_the_data_before_the_manifest(
     names = {path.name for path in directory.iterdir()} - {"MANIFEST.json"}
     local.checkpoint()
     written = {f"sync {name}" for name in names if on_disk_length(directory, name, 0)}
-    assert len(written) == 7
+    assert len(written) == 8
     assert set(log[: len(written)]) == written
     # New names, the manifest's bytes, its name, and that the name is durable.
     assert log[len(written) :] == ["sync c", "sync MANIFEST", "rename MANIFEST.json", "sync c"]

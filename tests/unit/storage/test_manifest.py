@@ -21,6 +21,7 @@ EXAMPLE = Manifest(
     log_crc32=17,
     rows=4,
     deaths=1,
+    erased_seq=1,
     files={"ids-0.bin": FileState(20, 99), "features-0.s00000.f32": FileState(128, None)},
 )
 

@@ -1,0 +1,105 @@
+"""Named places in the store where a test may let the process die, or a call fail.
+
+Crash safety is a claim about every moment between two system calls. Each moment that matters has a
+name here and a call of `reach` in the code; nothing happens there unless a test says so, by
+`arm` or by the environment of a process of its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+VARIABLE: Final = "HASHLENS_FAILPOINTS"
+"""``NAME=ACTION[@N]``, separated by commas; read when this module is imported. The action happens
+at the Nth time that the place is reached, by default the first, and at every later one."""
+
+NAMES: Final[frozenset[str]] = frozenset(
+    {
+        # One batch of the log.
+        "append.begin",
+        "append.features",
+        "append.commit",
+        "append.publish",
+        # One checkpoint.
+        "checkpoint.begin",
+        "checkpoint.sync",
+        "checkpoint.manifest",
+        "checkpoint.rename",
+        "checkpoint.trim",
+        # A segment of features is full, and the next begins.
+        "seal.segment",
+        # A collection comes or goes.
+        "create.manifest",
+        "create.rename",
+        "drop.begin",
+        "drop.files",
+    }
+)
+"""All places. A test that names another fails at once."""
+
+ACTIONS: Final = ("kill", "enospc", "eio")
+"""What can happen: the process dies as by ``kill -9``; the disk is full; the disk is broken."""
+
+
+class _Armed:
+    """What is to happen where, and how often each place was reached."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.actions: dict[str, tuple[str, int]] = {}
+        self.reached: dict[str, int] = {}
+
+
+_armed = _Armed()
+
+
+def reach(name: str) -> None:
+    """Do what is to happen at a place; in production, nothing."""
+    if not _armed.actions:
+        return
+    with _armed.lock:
+        action, first = _armed.actions.get(name, ("", 0))
+        _armed.reached[name] = n = _armed.reached.get(name, 0) + 1
+    if not action or n < first:
+        return
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    number = errno.ENOSPC if action == "enospc" else errno.EIO
+    raise OSError(number, f"{os.strerror(number)} (failpoint {name})")
+
+
+@contextmanager
+def arm(name: str, action: str, first: int = 1) -> Iterator[None]:
+    """Let `action` happen at a place from the `first` time on that it is reached.
+
+    Raises
+    ------
+    ValueError
+        There is no such place or action.
+    """
+    _set(name, action, first)
+    try:
+        yield
+    finally:
+        with _armed.lock:
+            del _armed.actions[name]
+
+
+def _set(name: str, action: str, first: int) -> None:
+    if name not in NAMES or action not in ACTIONS or first < 1:
+        raise ValueError(f"no failpoint {name}={action}@{first}")
+    with _armed.lock:
+        _armed.reached.pop(name, None)
+        _armed.actions[name] = (action, first)
+
+
+for _part in filter(None, os.environ.get(VARIABLE, "").split(",")):
+    _name, _, _rest = _part.partition("=")
+    _action, _, _first = _rest.partition("@")
+    _set(_name, _action, int(_first or 1))
