@@ -85,6 +85,7 @@ class Follower:
         self._reader: LogReader | None = None
         self._stopping = threading.Event()
         self._settled = threading.Event()
+        self._hurry = threading.Event()
         self._thread = threading.Thread(
             target=self._run, name=f"follow-{local.spec.name}", daemon=True
         )
@@ -124,12 +125,17 @@ class Follower:
         self._thread.start()
 
     def wait_settled(self, deadline_s: float) -> None:
-        """Wait until the first attempt has gone well or wrong."""
+        """Wait until Redis has been compared with the files; the thread looks soon if it is away.
+
+        One that comes back may be another one.
+        """
+        self._hurry.set()
         self._settled.wait(max(deadline_s, 0))
 
     def stop(self) -> None:
         """Ask the thread to end; `join` waits for it."""
         self._stopping.set()
+        self._hurry.set()
         reader = self._reader
         if reader is not None:
             reader.unblock()
@@ -152,8 +158,9 @@ class Follower:
             except Exception as error:
                 # Whatever it is, reading goes on and the thread lives to try again.
                 self._note(error)
-            self._settled.set()
-            self._stopping.wait(pause_s * random.uniform(0.5, 1.0))
+            self._stopping.wait(_FIRST_PAUSE_S * random.uniform(0.5, 1.0))
+            self._hurry.wait((pause_s - _FIRST_PAUSE_S) * random.uniform(0.5, 1.0))
+            self._hurry.clear()
             pause_s = min(2 * pause_s, _MAX_PAUSE_S)
 
     def _connect(self) -> LogReader:
@@ -171,11 +178,13 @@ class Follower:
             There is none.
         """
         local = self._local
+        # Before Redis is asked: it may get more while it answers.
+        known_seq = self.known_seq
         position = reader.register(
             local.epoch, self._replica_id, checkpoint_seq=local.checkpoint_seq, seq=local.seq
         )
-        if position.seq < self.known_seq:
-            self._give_up(f"Redis went back from version {self.known_seq} to {position.seq}")
+        if position.seq < known_seq:
+            self._give_up(f"Redis went back from version {known_seq} to {position.seq}")
         if position.here is not None and zlib.crc32(position.here) != local.log_crc32:
             self._give_up(f"Redis has another write as version {local.seq}")
         if local.seq and position.here is None and position.first is not None:
@@ -194,11 +203,13 @@ class Follower:
         """Wait a little for writes, and apply them."""
         local = self._local
         count = min(max(int(BATCH_BYTES / self.mean_bytes), 1), _MAX_COUNT)
+        known_seq = self.known_seq
         batch = reader.read(local.seq, count)
         if batch.epoch != local.epoch:
             raise PreconditionError(foreign(local.spec.name, batch.epoch))
         continues = batch.here is not None and zlib.crc32(batch.here) == local.log_crc32
-        if (local.seq and not continues) or (not batch.entries and batch.seq != local.seq):
+        is_other = batch.seq < known_seq or (local.seq > 0 and not continues)
+        if is_other or (not batch.entries and batch.seq != local.seq):
             # A demoted primary takes over another one's data and keeps its connections.
             self._register(reader)
             return
@@ -243,6 +254,10 @@ class Follower:
         """Remember why the log is not followed, and tell whom it concerns."""
         trouble, before = _explain(error), self._trouble
         self._trouble = trouble
+        if isinstance(trouble, UnavailableError):
+            self._settled.clear()
+        else:
+            self._settled.set()
         if before is None or before.message != trouble.message:
             expected = isinstance(error, HashlensError | redis.RedisError | OSError)
             logger.log(
