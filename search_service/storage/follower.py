@@ -207,15 +207,20 @@ class Follower:
         batch = reader.read(local.seq, count)
         if batch.epoch != local.epoch:
             raise PreconditionError(foreign(local.spec.name, batch.epoch))
-        continues = batch.here is not None and zlib.crc32(batch.here) == local.log_crc32
-        is_other = batch.seq < known_seq or (local.seq > 0 and not continues)
-        if is_other or (not batch.entries and batch.seq != local.seq):
-            # A demoted primary takes over another one's data and keeps its connections.
-            self._register(reader)
-            return
+        if batch.here is None:
+            is_other = local.seq > 0 and bool(batch.entries)
+        else:
+            is_other = zlib.crc32(batch.here) != local.log_crc32
+        if is_other or batch.seq < known_seq:
+            # A demoted primary takes over another one's data, or stays behind, and keeps its
+            # connections. Whether this is the one to follow shows on a new connection.
+            raise UnavailableError("Redis has other data than before. Looking again.")
         self.saw(batch.seq)
         if not batch.entries:
-            self._probe(reader)
+            if batch.seq != local.seq:
+                self._register(reader)
+            else:
+                self._probe(reader)
             return
         self._refusal = None
         records = [

@@ -155,6 +155,32 @@ def test_a_demoted_primary_is_left_though_it_keeps_its_connections(
             assert_in_redis(client, "c", model)
 
 
+def test_a_primary_that_was_left_behind_is_not_followed_for_ever(
+    server: RedisServer, replica: RedisServer, front: Proxy, config: StoreConfig
+) -> None:
+    with Store.open(config) as store:
+        collection = store.create(SPEC)
+        model = fill(collection)
+        wait_level(server, replica)
+        promote(replica)
+        front.lead_to(replica.socket)
+        # Nobody told the old primary, and the one that follows its log keeps its connection.
+        with server.client() as client:
+            wait_until(
+                lambda: any("xread" in each["cmd"] for each in client.client_list()), "it is read"
+            )
+            for each in client.client_list():
+                if "xread" not in each["cmd"] and int(each["id"]) != client.client_id():
+                    client.client_kill_filter(_id=each["id"])
+        records = make_records(SPEC, 3, seed=5, prefix="first")
+        assert collection.upsert(records, request_id="f", deadline_s=DEADLINE_S) == 103
+        model.upsert(records)
+        assert (seq_in(server), seq_in(replica)) == (100, 103)
+        assert_writes_again(collection, model)
+        with replica.client() as client:
+            assert_in_redis(client, "c", model)
+
+
 def test_writing_goes_on_through_a_planned_takeover(
     server: RedisServer, replica: RedisServer, front: Proxy, config: StoreConfig
 ) -> None:
