@@ -52,22 +52,21 @@ def assert_is(collection: Collection, model: Model, server: RedisServer) -> None
         assert_in_redis(client, collection.spec.name, model)
 
 
-@pytest.mark.parametrize("how", ["close", "reset"])
 def test_a_reply_cut_at_any_byte_has_the_write_done_once(
-    server: RedisServer, proxy: Proxy, store: Store, how: How
+    server: RedisServer, proxy: Proxy, store: Store
 ) -> None:
     collection = store.create(SPEC)
     model = fill(collection, 20)
     n_cut = 0
     while True:
-        proxy.harm(WRITE, n_cut, how)
+        proxy.harm(WRITE, n_cut, "close")
         records = make_records(SPEC, 3, seed=n_cut, prefix=f"{n_cut % 5}-")
         version = collection.upsert(records, request_id=f"u{n_cut}", deadline_s=DEADLINE_S)
         model.upsert(records)
         assert version == model.version
         if not proxy.harmed.is_set():
             break
-        proxy.harm(WRITE, n_cut, how)
+        proxy.harm(WRITE, n_cut, "reset")
         ids = [records[0].id, "nobody"]
         gone = collection.delete(ids, request_id=f"d{n_cut}", deadline_s=DEADLINE_S)
         assert (gone.n_deleted, gone.version) == (model.delete(ids), model.version)
@@ -87,7 +86,7 @@ def test_a_write_that_seemed_to_fail_is_made_once_when_repeated(
     records = make_records(SPEC, 3, seed=1)
     proxy.harm(WRITE, 0, how, always=True)
     with pytest.raises(UnavailableError):
-        collection.upsert(records, request_id="once", deadline_s=1.2)
+        collection.upsert(records, request_id="once", deadline_s=0.8)
     assert proxy.harmed.is_set()
     proxy.relent()
     with server.client() as client:
@@ -105,7 +104,7 @@ def test_a_reply_that_stalls_at_any_byte_costs_an_attempt_and_no_more(
 ) -> None:
     collection = store.create(SPEC)
     model = fill(collection, 20)
-    for n_passed in (1, 9, 15):
+    for n_passed in (1, 15):
         proxy.harm(WRITE, n_passed, "stall")
         records = make_records(SPEC, 3, seed=n_passed)
         version = collection.upsert(records, request_id=f"s{n_passed}", deadline_s=DEADLINE_S)
@@ -115,15 +114,14 @@ def test_a_reply_that_stalls_at_any_byte_costs_an_attempt_and_no_more(
     assert_is(collection, model, server)
 
 
-@pytest.mark.parametrize("how", ["close", "reset"])
 def test_the_log_cut_at_any_byte_is_applied_once(
-    server: RedisServer, proxy: Proxy, store: Store, how: How
+    server: RedisServer, proxy: Proxy, store: Store
 ) -> None:
     collection = store.create(SPEC)
     model = fill(collection, 20)
     # About the length of a reply with two records; a prime step meets every part of it.
-    for n_cut in range(0, 400, 31):
-        proxy.harm(b"XREAD", n_cut, how)
+    for n_cut in range(0, 400, 23):
+        proxy.harm(b"XREAD", n_cut, "close" if n_cut % 2 else "reset")
         records = make_records(SPEC, 2, seed=n_cut, prefix=f"{n_cut % 7}-")
         collection.upsert(records, request_id=f"x{n_cut}", deadline_s=DEADLINE_S)
         model.upsert(records)
