@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
-_GUARD = """#!lua
+_EPOCH = """
 local call = redis.call
 local meta = call('HMGET', KEYS[1], 'epoch', 'state', 'seq', 'n_items')
 if not meta[1] then return {'missing'} end
@@ -25,11 +25,16 @@ local function touch(key, id)
   call('HSET', key, id, string.format('%.0f', now) .. rest)
 end
 """
+_GUARD = "#!lua" + _EPOCH
+
+# A full memory must not keep from running what frees it.
+_FREEING_GUARD = "#!lua flags=allow-oom" + _EPOCH
 
 _WRITABLE = (
     _GUARD
     + """
 if meta[2] ~= 'active' then return {'dropping'} end
+if tonumber(meta[3]) < tonumber(ARGV[6]) then return {'behind', meta[3]} end
 local seen = call('HMGET', KEYS[3], 'digest', 'seq', 'count')
 if seen[1] then
   if seen[1] ~= ARGV[2] then return {'conflict'} end
@@ -86,8 +91,9 @@ end
     + _WRITTEN
 )
 """Writes items. KEYS meta, log, request, then the bucket and the payload bucket of each ordinal;
-ARGV epoch, digest, seconds to live of the request, body, code length. The body is, for each item,
-the ordinal of its bucket (u32) and its log record. Returns status, seq, count."""
+ARGV epoch, digest, seconds to live of the request, body, code length, a seq that Redis is known to
+have had. The body is, for each item, the ordinal of its bucket (u32) and its log record. Returns
+status, seq, count; a Redis that went back behind the known seq writes nothing."""
 
 DELETE: Final = (
     _WRITABLE
@@ -110,7 +116,7 @@ end
 """Removes items; as `PUT`. Ids that are not there leave no trace."""
 
 REGISTER: Final = (
-    _GUARD
+    _FREEING_GUARD
     + _CLOCK
     + """
 if meta[2] ~= 'active' then return {'dropping'} end
@@ -127,7 +133,7 @@ replicas, seen; ARGV epoch, replica id, checkpointed seq, applied seq. Returns s
 entry of the log, the log record at the applied seq."""
 
 TRIM: Final = (
-    _GUARD
+    _FREEING_GUARD
     + _CLOCK
     + """
 if meta[2] ~= 'active' then return {'dropping'} end
@@ -166,7 +172,7 @@ replicas, milliseconds of silence after which a replica is not waited for, and a
 forgotten. Returns status, seq; a Redis that has lost what the replica holds keeps its log."""
 
 HELLO: Final = (
-    _GUARD
+    _FREEING_GUARD
     + _CLOCK
     + """
 call('HSET', KEYS[2], ARGV[2], string.format('%.0f %s %s', now, ARGV[3], ARGV[4]))
@@ -177,7 +183,8 @@ return {'ok'}
 erased seq, address."""
 
 REPLICAS: Final = (
-    _GUARD
+    "#!lua flags=no-writes"
+    + _EPOCH
     + """
 local clock = call('TIME')
 local first = call('XRANGE', KEYS[2], '-', '+', 'COUNT', 1)
@@ -191,7 +198,7 @@ return {
 first entry of the log, the server's clock in seconds and microseconds, and both hashes."""
 
 DROP_BEGIN: Final = (
-    _GUARD
+    _FREEING_GUARD
     + """
 call('HSET', KEYS[1], 'state', 'dropping')
 return {'ok'}
@@ -200,7 +207,7 @@ return {'ok'}
 """KEYS meta; ARGV epoch. From here on nothing can be written."""
 
 DROP_KEYS: Final = (
-    _GUARD
+    _FREEING_GUARD
     + """
 if meta[2] ~= 'dropping' then return {'active'} end
 call('UNLINK', unpack(KEYS, 2))
@@ -210,7 +217,7 @@ return {'ok'}
 """Removes keys of a collection that is being dropped. KEYS meta, the keys; ARGV epoch."""
 
 DROP_END: Final = (
-    _GUARD
+    _FREEING_GUARD
     + """
 if meta[2] ~= 'dropping' then return {'active'} end
 call('UNLINK', unpack(KEYS))
@@ -218,3 +225,13 @@ return {'ok'}
 """
 )
 """Removes what is left of it. KEYS meta, log, replicas, seen; ARGV epoch."""
+
+RECORD_DROP: Final = """#!lua flags=allow-oom
+return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])
+"""
+"""KEYS dropped; ARGV epoch, note."""
+
+PROBE: Final = """#!lua
+return 1
+"""
+"""Writes nothing, and is refused where a write would be: a script may write unless it says no."""
