@@ -133,6 +133,19 @@ class LocalCollection:
             arrays.close()
             raise
 
+    @classmethod
+    def over(cls, directory: Path, loaded: Manifest, arrays: Arrays) -> Self:
+        """Take rows that are in the files already, none of them safe before a `checkpoint`.
+
+        Raises
+        ------
+        DataLossError
+            An id is not text.
+        """
+        local = cls(directory, loaded, arrays, _load_table(directory, arrays))
+        local.checkpoint_seq = -1
+        return local
+
     @property
     def snapshot(self) -> Snapshot:
         """The newest version; cheap, takes no lock."""

@@ -163,3 +163,28 @@ return {'ok'}
 """
 )
 """Removes what is left of it. KEYS meta, log, replicas; ARGV epoch."""
+
+SCAN: Final = (
+    _GUARD.replace("#!lua\n", "#!lua flags=no-writes\n")
+    + """
+if meta[2] ~= 'active' then return {'dropping'} end
+local concat, limit = table.concat, tonumber(ARGV[2])
+local ids, values, counts, extras, n = {}, {}, {}, {}, 0
+for i = 2, #KEYS, 2 do
+  local found = call('HKEYS', KEYS[i])
+  counts[#counts + 1] = #found
+  extras[#extras + 1] = call('HLEN', KEYS[i + 1])
+  if found[1] then
+    n = n + #found
+    found[#found + 1] = ''
+    ids[#ids + 1] = concat(found, '\\255')
+    values[#values + 1] = concat(call('HVALS', KEYS[i]))
+  end
+  if n >= limit then break end
+end
+return {'ok', counts, extras, concat(ids), concat(values)}
+"""
+)
+"""Reads buckets, whole, until a number of items is reached. KEYS meta, then bucket and payload
+bucket, again and again; ARGV epoch, that number. Returns status, the items in each bucket that was
+read, the payloads of each, the ids with a byte 255 behind each, which UTF-8 has not, and values."""
