@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hashlens import codes, convert
 from hashlens.errors import InvalidInputError, PreconditionError
+from hashlens.packed_items import PackedItems
 from hashlens.rpc.limits import check_size
 from hashlens.types import CollectionSpec, Embedding, Item, Query, Rank, SearchOptions
 from hashlens.v1 import search_service_pb2 as spb
@@ -105,6 +106,37 @@ def item_of(message: spb.Item, spec: CollectionSpec, *, field: str) -> Item:
     if item.embedding is not None:
         check_embedding(item.embedding, spec, field=f"{field}.embedding")
     return item
+
+
+def packed_of(message: spb.PackedItems, spec: CollectionSpec, *, field: str) -> PackedItems:
+    """Return items by column that may be written to the collection, or raise as `item_of`."""
+    try:
+        items = convert.packed_items_from_proto(message)
+    except InvalidInputError as error:
+        raise error.within(field) from None
+    if items.model_id != spec.model_id or items.n_bits != spec.n_bits or not len(items):
+        # The first stands for all.
+        blank = bytes(codes.n_bytes(items.n_bits))
+        check_embedding(
+            Embedding(code=blank, n_bits=items.n_bits, model_id=items.model_id),
+            spec,
+            field=field,
+            needs_feature=False,
+        )
+    dim = 0 if items.features is None else items.features.shape[1]
+    if dim != spec.dim:
+        raise PreconditionError(
+            f"the features have {dim} numbers, collection {spec.name!r} holds features of "
+            f"{spec.dim}",
+            field=f"{field}.dim",
+        )
+    if items.features is not None and items.features.dtype != spec.feature_dtype.numpy:
+        raise InvalidInputError(
+            f"the features are {items.features.dtype}, collection {spec.name!r} holds "
+            f"{spec.feature_dtype.value}: ask the encoder for that format",
+            field=f"{field}.feature_dtype",
+        )
+    return items
 
 
 def query_of(message: spb.Query, spec: CollectionSpec, rank: Rank, *, field: str) -> Query:

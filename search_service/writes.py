@@ -8,6 +8,7 @@ import uuid
 from dataclasses import dataclass
 
 from hashlens.errors import HashlensError, InvalidInputError
+from hashlens.packed_items import PackedItems
 from hashlens.rpc.status import status_of
 from hashlens.types import CollectionSpec, Embedding, Item
 from hashlens.v1 import search_service_pb2 as spb
@@ -25,7 +26,7 @@ _ITEMS_AT_ONCE = 16
 class Write:
     """What is to be written, and what was refused."""
 
-    records: list[Record]
+    records: list[Record] | PackedItems
     failures: list[spb.ItemFailure]
     request: spb.UpsertRequest
     has_images: bool
@@ -65,6 +66,11 @@ async def prepare(
         others written then, repeating the call with its request id would find it done and never
         write this one; so nothing is.
     """
+    if request.HasField("packed"):
+        if request.items:
+            raise InvalidInputError("send items or packed, not both", field="packed")
+        packed = await asyncio.to_thread(checks.packed_of, request.packed, spec, field="packed")
+        return Write(packed, [], request, has_images=False)
     if len(request.items) > _ITEMS_AT_ONCE:
         items = await asyncio.to_thread(_checked, request, spec)
     else:

@@ -451,6 +451,7 @@ class UpsertRequest(_message.Message):
     COLLECTION_FIELD_NUMBER: _builtins.int
     ITEMS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PACKED_FIELD_NUMBER: _builtins.int
     collection: _builtins.str
     """The collection's name."""
     request_id: _builtins.str
@@ -462,20 +463,85 @@ class UpsertRequest(_message.Message):
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___Item]:
         """Written in this order; of two with one id, the later stays."""
 
+    @_builtins.property
+    def packed(self) -> Global___PackedItems:
+        """Instead of items: the same by column, several times cheaper to write and to read."""
+
     def __init__(
         self,
         *,
         collection: _builtins.str = ...,
         items: _abc.Iterable[Global___Item] | None = ...,
         request_id: _builtins.str = ...,
+        packed: Global___PackedItems | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["packed", b"packed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "items", b"items", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "items", b"items", "packed", b"packed", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UpsertRequest: _TypeAlias = UpsertRequest  # noqa: Y015
+
+@_typing.final
+class PackedItems(_message.Message):
+    """Items by column: embeddings of one model, without tags and expiry. All numbers are little-endian
+    and without padding between them.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    N_BITS_FIELD_NUMBER: _builtins.int
+    IDS_FIELD_NUMBER: _builtins.int
+    ID_ENDS_FIELD_NUMBER: _builtins.int
+    CODES_FIELD_NUMBER: _builtins.int
+    DIM_FIELD_NUMBER: _builtins.int
+    FEATURE_DTYPE_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
+    PAYLOADS_FIELD_NUMBER: _builtins.int
+    PAYLOAD_ENDS_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """As Embedding.model_id, of all items."""
+    n_bits: _builtins.int
+    """Length of a code."""
+    ids: _builtins.bytes
+    """The ids, one after the other."""
+    id_ends: _builtins.bytes
+    """Where each id ends in ids: 32-bit unsigned integers, one for each item."""
+    codes: _builtins.bytes
+    """The codes, ceil(n_bits / 8) bytes for each item."""
+    dim: _builtins.int
+    """Width of a feature; 0: there are none."""
+    feature_dtype: _embedding_pb2.FeatureDtype.ValueType
+    """How features are written; required where there are any."""
+    features: _builtins.bytes
+    """The features, dim numbers for each item."""
+    payloads: _builtins.bytes
+    """The payloads, one after the other."""
+    payload_ends: _builtins.bytes
+    """Where each payload ends in payloads, as id_ends; empty: all payloads are empty."""
+    def __init__(
+        self,
+        *,
+        model_id: _builtins.str = ...,
+        n_bits: _builtins.int = ...,
+        ids: _builtins.bytes = ...,
+        id_ends: _builtins.bytes = ...,
+        codes: _builtins.bytes = ...,
+        dim: _builtins.int = ...,
+        feature_dtype: _embedding_pb2.FeatureDtype.ValueType = ...,
+        features: _builtins.bytes = ...,
+        payloads: _builtins.bytes = ...,
+        payload_ends: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codes", b"codes", "dim", b"dim", "feature_dtype", b"feature_dtype", "features", b"features", "id_ends", b"id_ends", "ids", b"ids", "model_id", b"model_id", "n_bits", b"n_bits", "payload_ends", b"payload_ends", "payloads", b"payloads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PackedItems: _TypeAlias = PackedItems  # noqa: Y015
 
 @_typing.final
 class ItemFailure(_message.Message):

@@ -17,6 +17,7 @@ from hashlens.errors import (
     PreconditionError,
     UnavailableError,
 )
+from hashlens.packed_items import PackedItems
 from hashlens.types import (
     MAX_ID_BYTES,
     MAX_PAYLOAD_BYTES,
@@ -33,6 +34,7 @@ from search_service.storage.failpoints import reach
 from search_service.storage.follower import Follower
 from search_service.storage.keys import Meta
 from search_service.storage.local import LocalCollection
+from search_service.storage.packed_records import packed_records
 from search_service.storage.records import Record
 
 logger = logging.getLogger(__name__)
@@ -142,7 +144,7 @@ class Collection:
 
     def upsert(
         self,
-        items: Sequence[Record],
+        items: Sequence[Record] | PackedItems,
         *,
         request_id: str,
         deadline_s: float,
@@ -181,10 +183,13 @@ class Collection:
         OverloadedError
             This replica has not applied what was written before. Nothing is written.
         """
-        records = [self._pack(item, f"items[{i}]") for i, item in enumerate(items)]
+        give_up = time.monotonic() + deadline_s
+        if isinstance(items, PackedItems):
+            records = packed_records(items, self.spec)
+        else:
+            records = [self._pack(item, f"items[{i}]") for i, item in enumerate(items)]
         if not records:
             return self.snapshot().version
-        give_up = time.monotonic() + deadline_s
         self._check_writable(deadline_s)
         self._keep_up(give_up)
         written = self._catalog.put(

@@ -79,7 +79,7 @@ def is_safe_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def pack_put(item_id: bytes, code: bytes, extras: bytes, feature: bytes) -> bytes:
+def pack_put(item_id: bytes, code: bytes, extras: bytes, feature: bytes | memoryview) -> bytes:
     """Return the log record of a written item; `extras` as `pack_extras` made them."""
     header = _RECORD.pack(PUT, len(item_id), len(extras), len(feature))
     return b"".join((header, item_id, code, extras, feature))
