@@ -12,7 +12,7 @@ import redis
 
 from hashlens import codes
 from hashlens.errors import CancelledError, DataLossError
-from search_service.storage import scripts
+from search_service.storage import layout, scripts
 from search_service.storage.connection import Caller, run_script
 from search_service.storage.keys import Keys, Meta, check_status
 
@@ -42,6 +42,17 @@ class Batch(NamedTuple):
     extras: list[tuple[int, bytes]]
     """Position in the batch, and extras, of those that have any. They are read after the rest, so
     they may be of a later write than the item's sequence number says."""
+
+
+class Looked(NamedTuple):
+    """Some items at one moment."""
+
+    seq: int
+    """The collection's sequence number then."""
+    n_items: int
+    """How many items there were, as Redis counts."""
+    items: list[tuple[bytes, bytes]]
+    """Value and extras of each; empty where there are none."""
 
 
 class BucketReader:
@@ -91,6 +102,19 @@ class BucketReader:
                 yield batch
                 if bucket >= self._meta.n_buckets:
                     return
+
+    def look(self, ids: Sequence[bytes]) -> Looked:
+        """Return what a few items are at one moment; raises as `batches`."""
+        keys = [self._keys.meta]
+        for item_id in ids:
+            keys += self._keys.buckets(layout.bucket_of(item_id, self._meta.n_buckets))
+        arguments = [self._meta.epoch, *ids]
+        reply = self._caller.run(
+            lambda client: run_script(client, scripts.LOOK, keys, arguments), self._deadline_s
+        )
+        check_status(self._meta.spec.name, reply)
+        seq, n_items, *found = reply[1:]
+        return Looked(int(seq), int(n_items), list(zip(found[::2], found[1::2], strict=True)))
 
     def close(self) -> None:
         """Close all connections."""

@@ -17,6 +17,7 @@ from search_service.storage import layout
 from search_service.storage.arrays import Arrays
 from search_service.storage.buckets import ID_END, Batch
 from search_service.storage.failpoints import reach
+from search_service.storage.gather import gathered
 from search_service.storage.keys import Meta
 from search_service.storage.old_features import OldFeatures
 
@@ -93,7 +94,7 @@ class CatalogItems:
             chosen = order[lo : min(lo + step, n)]
             starts = np.where(chosen > 0, ends[chosen - 1] + 1, 0)
             lengths = ends[chosen] - starts
-            ids = _gathered(data, starts, lengths)
+            ids = gathered(data, starts, lengths)
             packed = values[chosen, 8:]
             if spec.n_bits % 8 and (packed[:, -1] >> spec.n_bits % 8).any():
                 raise DataLossError(
@@ -143,15 +144,6 @@ class CatalogItems:
             records["expires_ms"][row] = unpacked[2]
         records["payload_end"], records["tags_end"] = np.cumsum(lengths, axis=1, dtype=np.uint64)
         return b"".join(payloads), b"".join(tags)
-
-
-def _gathered(
-    data: NDArray[np.uint8], starts: NDArray[np.int64], lengths: NDArray[np.int64]
-) -> bytes:
-    """Return slices of `data`, one after the other."""
-    ends = np.cumsum(lengths)
-    places = np.arange(int(ends[-1])) + np.repeat(starts - (ends - lengths), lengths)
-    return bytes(data[places].data)
 
 
 def _features(

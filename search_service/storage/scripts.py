@@ -32,6 +32,13 @@ local at, size = 1, #ARGV[4]
 """
 )
 
+_READING = (
+    _GUARD.replace("#!lua\n", "#!lua flags=no-writes\n")
+    + """
+if meta[2] ~= 'active' then return {'dropping'} end
+"""
+)
+
 _WRITTEN = """
 local last = string.format('%.0f', seq)
 call('HSET', KEYS[1], 'seq', last, 'n_items', string.format('%.0f', n_items))
@@ -165,9 +172,8 @@ return {'ok'}
 """Removes what is left of it. KEYS meta, log, replicas; ARGV epoch."""
 
 SCAN: Final = (
-    _GUARD.replace("#!lua\n", "#!lua flags=no-writes\n")
+    _READING
     + """
-if meta[2] ~= 'active' then return {'dropping'} end
 local concat, limit = table.concat, tonumber(ARGV[2])
 local ids, values, counts, extras, n = {}, {}, {}, {}, 0
 for i = 2, #KEYS, 2 do
@@ -188,3 +194,18 @@ return {'ok', counts, extras, concat(ids), concat(values)}
 """Reads buckets, whole, until a number of items is reached. KEYS meta, then bucket and payload
 bucket, again and again; ARGV epoch, that number. Returns status, the items in each bucket that was
 read, the payloads of each, the ids with a byte 255 behind each, which UTF-8 has not, and values."""
+
+LOOK: Final = (
+    _READING
+    + """
+local found = {'ok', meta[3], meta[4]}
+for i = 2, #KEYS, 2 do
+  found[#found + 1] = call('HGET', KEYS[i], ARGV[i / 2 + 1]) or ''
+  found[#found + 1] = call('HGET', KEYS[i + 1], ARGV[i / 2 + 1]) or ''
+end
+return found
+"""
+)
+"""Looks at items at one moment. KEYS meta, then bucket and payload bucket of each; ARGV epoch, the
+ids. Returns status, seq, number of items, then value and extras of each, empty where there are
+none."""
