@@ -34,6 +34,10 @@ NAMES: Final[frozenset[str]] = frozenset(
         "checkpoint.trim",
         # A segment of features is full, and the next begins.
         "seal.segment",
+        # Files are made anew from Redis.
+        "rebuild.scan",
+        "rebuild.write",
+        "rebuild.rename",
         # A collection comes or goes.
         "create.manifest",
         "create.rename",

@@ -27,6 +27,7 @@ from search_service.snapshot import Snapshot
 from search_service.storage import layout, manifest
 from search_service.storage.arrays import Arrays
 from search_service.storage.failpoints import reach
+from search_service.storage.frozen import Frozen
 from search_service.storage.id_index import StoredIds
 from search_service.storage.layout import LogRecord
 from search_service.storage.manifest import Manifest
@@ -133,6 +134,19 @@ class LocalCollection:
             arrays.close()
             raise
 
+    @classmethod
+    def over(cls, directory: Path, loaded: Manifest, arrays: Arrays) -> Self:
+        """Take rows that are in the files already, none of them safe before a `checkpoint`.
+
+        Raises
+        ------
+        DataLossError
+            An id is not text.
+        """
+        local = cls(directory, loaded, arrays, _load_table(directory, arrays))
+        local.checkpoint_seq = -1
+        return local
+
     @property
     def snapshot(self) -> Snapshot:
         """The newest version; cheap, takes no lock."""
@@ -159,6 +173,28 @@ class LocalCollection:
     def pending(self) -> tuple[int, int]:
         """Rows and bytes applied since the last checkpoint began."""
         return self._rows_since_checkpoint, self._bytes_since_checkpoint
+
+    @property
+    def directory(self) -> Path:
+        """Where the files are."""
+        return self._directory
+
+    def frozen(self) -> Frozen:
+        """Return everything in the files at this moment, for who compares it."""
+        with self._lock:
+            arrays = self._arrays
+            return Frozen(
+                seq=self.seq,
+                generation=self._generation,
+                rows_per_segment=arrays.rows_per_segment,
+                words=arrays.words(),
+                records=arrays.records(),
+                deaths=arrays.death_records(),
+                ids=arrays.id_bytes(),
+                payloads=arrays.payload_bytes(),
+                tags=arrays.tag_bytes(),
+                table=self._table,
+            )
 
     def wait_for(self, version: int, deadline_s: float) -> Snapshot:
         """Return the newest snapshot as soon as it has a version.

@@ -25,6 +25,7 @@ local function touch(key, id)
   call('HSET', key, id, string.format('%.0f', now) .. rest)
 end
 """
+
 _GUARD = "#!lua" + _EPOCH
 
 # A full memory must not keep from running what frees it.
@@ -44,6 +45,14 @@ local sub, pack, unpack = string.sub, struct.pack, struct.unpack
 local seq, n_items, count = tonumber(meta[3]), tonumber(meta[4]), 0
 local body, code_bytes = ARGV[4], tonumber(ARGV[5])
 local at, size = 1, #ARGV[4]
+"""
+)
+
+_READING = (
+    "#!lua flags=no-writes"
+    + _EPOCH
+    + """
+if meta[2] ~= 'active' then return {'dropping'} end
 """
 )
 
@@ -235,3 +244,42 @@ PROBE: Final = """#!lua
 return 1
 """
 """Writes nothing, and is refused where a write would be: a script may write unless it says no."""
+
+SCAN: Final = (
+    _READING
+    + """
+local concat, limit = table.concat, tonumber(ARGV[2])
+local ids, values, counts, extras, n = {}, {}, {}, {}, 0
+for i = 2, #KEYS, 2 do
+  local found = call('HKEYS', KEYS[i])
+  counts[#counts + 1] = #found
+  extras[#extras + 1] = call('HLEN', KEYS[i + 1])
+  if found[1] then
+    n = n + #found
+    found[#found + 1] = ''
+    ids[#ids + 1] = concat(found, '\\255')
+    values[#values + 1] = concat(call('HVALS', KEYS[i]))
+  end
+  if n >= limit then break end
+end
+return {'ok', counts, extras, concat(ids), concat(values)}
+"""
+)
+"""Reads buckets, whole, until a number of items is reached. KEYS meta, then bucket and payload
+bucket, again and again; ARGV epoch, that number. Returns status, the items in each bucket that was
+read, the payloads of each, the ids with a byte 255 behind each, which UTF-8 has not, and values."""
+
+LOOK: Final = (
+    _READING
+    + """
+local found = {'ok', meta[3], meta[4]}
+for i = 2, #KEYS, 2 do
+  found[#found + 1] = call('HGET', KEYS[i], ARGV[i / 2 + 1]) or ''
+  found[#found + 1] = call('HGET', KEYS[i + 1], ARGV[i / 2 + 1]) or ''
+end
+return found
+"""
+)
+"""Looks at items at one moment. KEYS meta, then bucket and payload bucket of each; ARGV epoch, the
+ids. Returns status, seq, number of items, then value and extras of each, empty where there are
+none."""
