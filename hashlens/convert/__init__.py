@@ -13,6 +13,8 @@ from hashlens.convert.collection import (
     info_to_proto,
     item_from_proto,
     item_to_proto,
+    replica_from_proto,
+    replica_to_proto,
     spec_from_proto,
     spec_to_proto,
 )
@@ -83,6 +85,8 @@ __all__ = [
     "query_to_proto",
     "receipt_from_proto",
     "receipt_to_proto",
+    "replica_from_proto",
+    "replica_to_proto",
     "reply_explanation_from_proto",
     "reply_explanation_to_proto",
     "result_from_proto",
