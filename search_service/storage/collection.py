@@ -134,10 +134,9 @@ class Collection:
         """Whether the local files have writes that Redis has others for."""
         return self._follower.is_diverged
 
-    def note(self, what: str) -> bool:
-        """Say in `info` what is done about its trouble; tell whether that is new."""
-        is_new, self._note = what != self._note, what
-        return is_new
+    def note(self, what: str) -> None:
+        """Say in `info` what is done about its trouble."""
+        self._note = what
 
     def succeeded_by(self, collection: Collection) -> None:
         """Let those who wait for a version wait for it there."""

@@ -110,6 +110,7 @@ class Resyncer:
         self._current = ""
         self._stop = threading.Event()
         self._failing_since_s: dict[str, float] = {}
+        self._said = ""
         self._thread = threading.Thread(target=self._run, name="resync", daemon=True)
 
     def start(self) -> None:
@@ -166,7 +167,9 @@ class Resyncer:
             self._failing_since_s.setdefault(name, time.monotonic())
             expected = isinstance(error, HashlensError | OSError)
             said = error.message if isinstance(error, HashlensError) else str(error)
-            if collection.note(f"It is not replaced yet: {said}"):
+            collection.note(f"It is not replaced yet: {said}")
+            if said != self._said:
+                self._said = said
                 trace = None if expected else error
                 logger.warning("%s is not brought back yet: %s", name, said, exc_info=trace)
             return False
@@ -240,7 +243,8 @@ class Resyncer:
             meta, self._config.timeout_s, silence_s=self._config.silence_s
         )
         others = [i for i in found.infos if i.live and i.address and i.id != self._replica.id]
-        trouble: HashlensError | None = None
+        troubles: list[str] = []
+        retry_after_s = 0.0
         for peer in sorted(others, key=lambda info: -info.checkpoint_version):
             collection.note(f"Its files are being copied from {peer.address}.")
             logger.info("copying %s from %s", name, peer.address)
@@ -251,15 +255,15 @@ class Resyncer:
                 raise
             except HashlensError as error:
                 logger.info("%s does not serve %s: %s", peer.address, name, error.message)
-                # Who is busy will serve.
-                if not isinstance(trouble, OverloadedError):
-                    trouble = error
-        if trouble is None:
-            return False
+                troubles.append(f"{peer.address}: {error.message}")
+                if isinstance(error, OverloadedError):  # Who is busy will serve.
+                    retry_after_s = max(retry_after_s, error.retry_after_s)
+        said = "; ".join(troubles)
+        if retry_after_s:
+            raise OverloadedError(said, retry_after_s=retry_after_s)
         since_s = self._failing_since_s.get(name, time.monotonic())
-        patient = time.monotonic() - since_s < self._config.patience_s
-        if patient or isinstance(trouble, OverloadedError):
-            raise trouble
+        if troubles and time.monotonic() - since_s < self._config.patience_s:
+            raise UnavailableError(said)
         return False
 
     def _put_copy(self, collection: Collection) -> None:

@@ -239,7 +239,8 @@ def test_only_so_many_copies_at_a_time_and_no_other_files(
     monkeypatch.setattr("search_service.storage.leases.PART_BYTES", 512)
     model = Model()
     peers = GrpcPeers(MAX_MESSAGE_BYTES)
-    with replica(config_for("a"), max_copies=1) as a, contextlib.closing(peers):
+    # Slowly, so that the first is still at it when the second comes.
+    with replica(config_for("a"), max_copies=1, bytes_per_s=2000.0) as a, contextlib.closing(peers):
         collection = a.create(SPEC)
         fill(collection, model, 300, seed=1)
         collection.wait_for(model.version, DEADLINE_S)
@@ -389,7 +390,7 @@ def test_a_replica_that_diverged_is_replaced_and_its_files_are_kept(
     shutil.copytree(saved, server.directory / "appendonlydir")
     server.start()
     shutil.rmtree(config_for("a").data_dir)
-    with replica(config_for("a")) as a:
+    with replica(config_for("a", resync_patience_s=0.1)) as a:
         wait_until(lambda: a.find("c") is not None, "the collection is found", WITHIN_S)
         wait_until(lambda: a.get("c").info().writable, "the replica follows", WITHIN_S)
         fill(a.get("c"), model, 80, seed=3, prefix="new")
