@@ -26,6 +26,7 @@ from search_service.storage.keys import (
     Meta,
     check_status,
     read_meta,
+    restoring,
     text,
 )
 
@@ -145,6 +146,8 @@ class Catalog:
             self._add_name(spec.name, give_up - time.monotonic())
             reply = self._script(scripts.CREATE, [keys.meta], arguments, give_up - time.monotonic())
             meta = read_meta(spec.name, dict(zip(reply[::2], reply[1::2], strict=True)))
+            if meta.is_restoring:
+                raise PreconditionError(restoring(spec.name))
             if not meta.is_dropping:
                 self._add_name(spec.name, give_up - time.monotonic())
                 return meta
