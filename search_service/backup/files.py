@@ -127,7 +127,7 @@ def copy(
     crc32 = 0
     descriptor = open_source(name, directory_fd, source)
     try:
-        with open(target, "xb", opener=_private) as file:  # noqa: PTH123 - Path has no opener
+        with open(target, "xb", opener=_private) as file:
             for block in blocks(descriptor, length, source, pace):
                 file.write(block)
                 crc32 = zlib.crc32(block, crc32)

@@ -1,0 +1,407 @@
+"""Backups taken while a store writes, and what is restored from them, against a model."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hashlens.errors import (
+    AlreadyExistsError,
+    DataLossError,
+    InvalidInputError,
+    NotFoundError,
+    PreconditionError,
+)
+from hashlens.types import CollectionSpec, FeatureDtype
+from search_service.backup import archive
+from search_service.backup import take as take_module
+from search_service.backup.put_back import RestoreConfig, put_back
+from search_service.backup.take import BackupConfig, take
+from search_service.storage import Record, Store, StoreConfig
+from tests.support.backups import exported, lose_feature
+from tests.support.redis_server import RedisServer, server_binaries
+from tests.support.stores import (
+    DEADLINE_S,
+    Model,
+    assert_holds,
+    assert_in_redis,
+    contents,
+    in_redis,
+    make_record,
+    make_records,
+    on_disk,
+    wait_until,
+)
+
+SEGMENT_BYTES = 4096
+FULL = CollectionSpec("full", "m", 100, 33, FeatureDtype.F16, 1000)
+CODES = CollectionSpec("codes", "m", 8, 0, expected_rows=10)
+
+
+@pytest.fixture(scope="module", params=server_binaries(), ids=lambda path: path.name)
+def live(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
+    with RedisServer(request.param) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def empty(live: RedisServer) -> Iterator[RedisServer]:
+    """Where backups are restored to; of the same kind."""
+    with RedisServer(live.binary) as running:
+        yield running
+
+
+@pytest.fixture
+def config(live: RedisServer, empty: RedisServer, tmp_path: Path) -> StoreConfig:
+    for server in (live, empty):
+        with server.client() as client:
+            client.flushall()
+    return StoreConfig(data_dir=tmp_path / "live", redis_url=live.url, segment_bytes=SEGMENT_BYTES)
+
+
+@pytest.fixture
+def target(empty: RedisServer, tmp_path: Path) -> RestoreConfig:
+    return RestoreConfig(data_dir=tmp_path / "restored", redis_url=empty.url)
+
+
+class History:
+    """What one writer has written, by version."""
+
+    def __init__(self, spec: CollectionSpec) -> None:
+        self.spec = spec
+        self.steps: list[tuple[str, Record | None]] = []
+        self.rng = np.random.default_rng(1)
+
+    def write(self, store: Store, n_writes: int, stop: threading.Event | None = None) -> None:
+        """Upsert, update and delete; every step of it is a version."""
+        collection = store.create(self.spec)
+        present = set(self.at(len(self.steps)).items)
+        for _ in range(n_writes):
+            if stop is not None and stop.is_set():
+                return
+            ids = [f"i{i}" for i in self.rng.integers(0, 300, size=int(self.rng.integers(1, 30)))]
+            if self.rng.random() < 0.3:
+                gone = [item_id for item_id in dict.fromkeys(ids) if item_id in present]
+                collection.delete(ids, request_id="", deadline_s=DEADLINE_S)
+                self.steps += [(item_id, None) for item_id in gone]
+                present -= set(gone)
+            else:
+                records = [make_record(self.spec, item_id, self.rng) for item_id in ids]
+                collection.upsert(records, request_id="", deadline_s=DEADLINE_S)
+                self.steps += [(record.id, record) for record in records]
+                present |= set(ids)
+
+    def at(self, version: int) -> Model:
+        model = Model(version=version)
+        for item_id, record in self.steps[:version]:
+            if record is None:
+                del model.items[item_id]
+            else:
+                model.items[item_id] = record
+        return model
+
+
+def quiet(_: str) -> None:
+    """Where a command would print."""
+
+
+def assert_restored(target: RestoreConfig, name: str, model: Model, server: RedisServer) -> None:
+    """A store opened on what was restored serves the model, and goes on from there."""
+    config = StoreConfig(
+        data_dir=target.data_dir, redis_url=target.redis_url, segment_bytes=SEGMENT_BYTES
+    )
+    with server.client() as client:
+        assert_in_redis(client, name, model)
+        for n in range(2):
+            with Store.open(config) as store:
+                collection = store.get(name)
+                wait_until(lambda c=collection: c.info().writable, "it can be written")
+                assert_holds(collection, model)
+                records = [*make_records(collection.spec, 20, seed=n), *model.items.values()][:40]
+                collection.upsert(records, request_id="", deadline_s=DEADLINE_S)
+                model.upsert(records)
+                doomed = sorted(model.items)[:5]
+                collection.delete(doomed, request_id="", deadline_s=DEADLINE_S)
+                model.delete(doomed)
+                assert_holds(collection, model)
+                assert_in_redis(client, name, model)
+        assert on_disk(target.data_dir / "collections" / name) == (model.version, model.items)
+
+
+def test_a_backup_under_writes_restores_to_its_version(
+    config: StoreConfig, target: RestoreConfig, empty: RedisServer, tmp_path: Path
+) -> None:
+    history, small = History(FULL), History(CODES)
+    versions = []
+    with Store.open(config) as store:
+        history.write(store, 20)
+        small.write(store, 20)
+        store.get(FULL.name).checkpoint()
+        stop = threading.Event()
+        writer = threading.Thread(target=history.write, args=(store, 100_000, stop))
+        writer.start()
+        try:
+            for number in range(4):
+                # The last checkpoint is what is saved, also while the next one is made.
+                before = store.get(FULL.name).checkpoint()
+                output = tmp_path / f"backup-{number}"
+                made = take(BackupConfig(data_dir=config.data_dir, output=output), (), quiet)
+                versions.append(made.collections[FULL.name].seq)
+                assert versions[-1] == before
+                assert set(made.collections) == {FULL.name, CODES.name}
+        finally:
+            stop.set()
+            writer.join()
+    assert versions == sorted(set(versions))
+    for number, version in enumerate(versions):
+        output = tmp_path / f"backup-{number}"
+        saved = archive.read(output).collections[FULL.name]
+        model = history.at(version)
+        assert (saved.seq, saved.items) == (version, len(model.items))
+        assert on_disk(output / FULL.name) == (version, model.items)
+        seq, items = exported(output / FULL.name / "catalog.bin", 13)
+        name = f"restored-{number}"
+        put_back(output, target, [FULL.name], name, quiet)
+        with empty.client() as client:
+            assert (seq, items) == (version, in_redis(client, name))
+        assert_restored(target, name, model, empty)
+    codes_version = archive.read(tmp_path / "backup-3").collections[CODES.name].seq
+    put_back(tmp_path / "backup-3", target, [CODES.name], None, quiet)
+    assert_restored(target, CODES.name, small.at(codes_version), empty)
+
+
+def test_all_collections_are_restored_together_and_empty_ones_too(
+    config: StoreConfig, target: RestoreConfig, empty: RedisServer, tmp_path: Path
+) -> None:
+    histories = [History(FULL), History(CODES)]
+    with Store.open(config) as store:
+        for history in histories:
+            history.write(store, 10)
+        store.create(CollectionSpec("nothing", "m", 64, 4))
+    output = tmp_path / "backup"
+    take(BackupConfig(data_dir=config.data_dir, output=output), (), quiet)
+    put_back(output, target, (), None, quiet)
+    for history in histories:
+        model = history.at(len(history.steps))
+        assert_restored(target, history.spec.name, model, empty)
+    assert_restored(target, "nothing", Model(), empty)
+
+
+def test_rows_without_a_feature_stay_so(
+    config: StoreConfig, target: RestoreConfig, tmp_path: Path
+) -> None:
+    with Store.open(config) as store:
+        store.create(FULL).upsert(make_records(FULL, 100), request_id="", deadline_s=DEADLINE_S)
+    lose_feature(config.data_dir / "collections" / FULL.name, 70)
+    with Store.open(config) as store:
+        before = contents(store.get(FULL.name).snapshot())
+    output = tmp_path / "backup"
+    take(BackupConfig(data_dir=config.data_dir, output=output), (), quiet)
+    put_back(output, target, (), None, quiet)
+    with Store.open(StoreConfig(data_dir=target.data_dir, redis_url=target.redis_url)) as store:
+        collection = store.get(FULL.name)
+        assert collection.info().n_missing_features == 1
+        assert contents(collection.snapshot()) == before
+
+
+def test_full_segments_are_links_and_all_else_is_not(config: StoreConfig, tmp_path: Path) -> None:
+    with Store.open(config) as store:
+        store.create(FULL).upsert(make_records(FULL, 200), request_id="", deadline_s=DEADLINE_S)
+    full_bytes = 32 * 66
+
+    def links(output: Path) -> dict[str, int]:
+        folder = output / FULL.name
+        return {path.name: path.stat().st_nlink for path in folder.iterdir()}
+
+    take(BackupConfig(data_dir=config.data_dir, output=tmp_path / "a"), (), quiet)
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "a" / FULL.name).iterdir()}
+    segments = {name for name in sizes if name.startswith("features") and sizes[name] == full_bytes}
+    assert len(segments) > 3
+    assert links(tmp_path / "a") == {name: 2 if name in segments else 1 for name in sizes}
+    take(BackupConfig(data_dir=config.data_dir, output=tmp_path / "b", copy=True), (), quiet)
+    assert set(links(tmp_path / "b").values()) == {1}
+    again = BackupConfig(
+        data_dir=config.data_dir, output=tmp_path / "c", copy=True, base=tmp_path / "b"
+    )
+    take(again, (), quiet)
+    assert links(tmp_path / "c") == {name: 2 if name in segments else 1 for name in sizes}
+    # What the store does with its files does not reach the backup.
+    with Store.open(config) as store:
+        collection = store.get(FULL.name)
+        wait_until(lambda: collection.info().writable, "it can be written")
+        collection.upsert(make_records(FULL, 200, seed=5), request_id="", deadline_s=DEADLINE_S)
+    for output in ("a", "b", "c"):
+        saved = archive.read(tmp_path / output).collections[FULL.name]
+        archive.check(tmp_path / output, FULL.name, saved, take_module.Pace(0))
+
+
+def test_files_that_are_replaced_meanwhile_are_taken_anew(
+    config: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Store.open(config) as store:
+        history = History(FULL)
+        history.write(store, 5)
+        History(CODES).write(store, 5)
+        store.get(FULL.name).checkpoint()
+        store.get(CODES.name).checkpoint()
+        copy, calls = take_module.copy, []
+
+        def racing(*arguments: object) -> int:
+            calls.append(arguments[0])
+            # In the middle of either collection's files.
+            if len(calls) == 2:
+                store.drop(CODES.name)
+            elif len(calls) == 5:
+                store.drop(FULL.name)
+                history.steps.clear()
+                history.write(store, 8)
+                store.get(FULL.name).wait_for(1, DEADLINE_S)
+                store.get(FULL.name).checkpoint()
+            return copy(*arguments)
+
+        monkeypatch.setattr(take_module, "copy", racing)
+        lines: list[str] = []
+        output = tmp_path / "backup"
+        made = take(BackupConfig(data_dir=config.data_dir, output=output), (), lines.append)
+        assert set(made.collections) == {FULL.name}
+        assert {path.name for path in output.iterdir()} == {FULL.name, archive.BACKUP}
+        version = made.collections[FULL.name].seq
+        assert on_disk(output / FULL.name) == (version, history.at(version).items)
+        assert version
+        assert any("dropped meanwhile" in line for line in lines)
+        assert any("once more" in line for line in lines)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+@pytest.mark.parametrize("damage", [flip, cut, lengthen, Path.unlink])
+def test_a_damaged_backup_is_refused_before_anything_is_written(
+    damage: Callable[[Path], None],
+    config: StoreConfig,
+    target: RestoreConfig,
+    empty: RedisServer,
+    tmp_path: Path,
+) -> None:
+    output = tmp_path / "backup"
+    with Store.open(config) as store:
+        History(FULL).write(store, 20)
+    take(BackupConfig(data_dir=config.data_dir, output=output, copy=True), (), quiet)
+    files = [path for path in output.rglob("*") if path.is_file() and path.stat().st_size]
+    assert len(files) > 10
+    for path in files:
+        data = path.read_bytes()
+        damage(path)
+        # Without the file that is written last, it is no backup at all.
+        is_none = path.name == archive.BACKUP and damage is Path.unlink
+        with pytest.raises(NotFoundError if is_none else DataLossError, match=path.name):
+            put_back(output, target, (), None, quiet)
+        path.write_bytes(data)
+    assert not target.data_dir.exists()
+    with empty.client() as client:
+        assert client.dbsize() == 0
+    put_back(output, target, (), None, quiet)
+
+
+def test_damaged_files_are_not_backed_up(config: StoreConfig, tmp_path: Path) -> None:
+    with Store.open(config) as store:
+        History(FULL).write(store, 20)
+    directory = config.data_dir / "collections" / FULL.name
+    lengths = {
+        name: state["length"]
+        for name, state in json.loads((directory / "MANIFEST.json").read_bytes())["files"].items()
+    }
+    for number, (name, length) in enumerate(lengths.items()):
+        path = directory / name
+        data = path.read_bytes()
+        path.write_bytes(
+            data[: length // 2] + bytes([data[length // 2] ^ 1]) + data[length // 2 + 1 :]
+        )
+        output = tmp_path / str(number)
+        with pytest.raises(DataLossError, match=name):
+            take(BackupConfig(data_dir=config.data_dir, output=output), (), quiet)
+        with pytest.raises(NotFoundError):
+            archive.read(output)
+        path.write_bytes(data)
+    unread = BackupConfig(
+        data_dir=config.data_dir, output=tmp_path / "unread", verify_features=False
+    )
+    flip(directory / "features-0.s00000.f16")
+    take(unread, (), quiet)
+    with pytest.raises(DataLossError, match=r"features-0\.s00000"):
+        put_back(unread.output, RestoreConfig(data_dir=tmp_path / "r"), (), None, quiet)
+
+
+def test_what_is_there_is_never_overwritten(
+    config: StoreConfig, target: RestoreConfig, empty: RedisServer, tmp_path: Path
+) -> None:
+    with Store.open(config) as store:
+        History(FULL).write(store, 3)
+        History(CODES).write(store, 3)
+    output = tmp_path / "backup"
+    output.mkdir()
+    (output / "note").write_text("mine")
+    with pytest.raises(PreconditionError, match="not empty"):
+        take(BackupConfig(data_dir=config.data_dir, output=output), (), quiet)
+    (output / "note").unlink()
+    take(BackupConfig(data_dir=config.data_dir, output=output), (), quiet)
+    with pytest.raises(PreconditionError, match="not empty"):
+        take(BackupConfig(data_dir=config.data_dir, output=output), (), quiet)
+
+    put_back(output, target, [CODES.name], None, quiet)
+    with empty.client() as client:
+        keys = sorted(client.keys())
+        files = sorted(target.data_dir.rglob("*"))
+        with pytest.raises(AlreadyExistsError, match="Redis"):
+            put_back(output, target, (), None, quiet)
+        elsewhere = RestoreConfig(data_dir=tmp_path / "other", redis_url=target.redis_url)
+        with pytest.raises(AlreadyExistsError, match="Redis"):
+            put_back(output, elsewhere, (), None, quiet)
+        assert (sorted(client.keys()), sorted(target.data_dir.rglob("*"))) == (keys, files)
+        client.flushall()
+        with pytest.raises(AlreadyExistsError, match=str(target.data_dir)):
+            put_back(output, target, (), None, quiet)
+        assert client.dbsize() == 0
+    put_back(output, target, [CODES.name], "another", quiet)
+    opened = Store.open(StoreConfig(data_dir=target.data_dir, redis_url=target.redis_url))
+    with opened, pytest.raises(PreconditionError, match="in use"):
+        put_back(output, target, [FULL.name], None, quiet)
+
+
+def test_what_cannot_be_is_refused(
+    config: StoreConfig, target: RestoreConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(NotFoundError, match="no data directory"):
+        take(BackupConfig(data_dir=tmp_path / "no", output=tmp_path / "o"), (), quiet)
+    with Store.open(config) as store:
+        store.create(FULL)
+    with pytest.raises(NotFoundError, match="nobody"):
+        take(BackupConfig(data_dir=config.data_dir, output=tmp_path / "o"), ["nobody"], quiet)
+    assert not (tmp_path / "o").exists()
+    take(BackupConfig(data_dir=config.data_dir, output=tmp_path / "o"), (), quiet)
+    with pytest.raises(NotFoundError, match="nobody"):
+        put_back(tmp_path / "o", target, ["nobody"], None, quiet)
+    with pytest.raises(InvalidInputError):
+        put_back(tmp_path / "o", target, (), "../x", quiet)
+    with pytest.raises(NotFoundError, match="no backup"):
+        put_back(tmp_path, target, (), None, quiet)
+    with pytest.raises(InvalidInputError):
+        BackupConfig(mb_per_s=-1)
+    with pytest.raises(InvalidInputError):
+        RestoreConfig(mb_per_s=float("nan"))
