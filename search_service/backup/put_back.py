@@ -31,7 +31,6 @@ from search_service.storage import data_dir, layout, manifest
 from search_service.storage.catalog import Catalog
 from search_service.storage.embedded import EmbeddedRedis
 from search_service.storage.failpoints import reach
-from search_service.storage.local import clean
 from search_service.storage.manifest import Manifest
 from search_service.storage.refill import FILL_BYTES, FILL_ITEMS, Refill, first_record
 
@@ -163,7 +162,8 @@ class _Restorer:
             self._wait_for_redis()
             complete = [self._is_almost_done(job) for job in jobs]
             self._directory.mkdir(exist_ok=True)
-            clean(self._directory)
+            for draft in self._directory.glob(".new-*"):
+                shutil.rmtree(draft)
             for job, done in zip(jobs, complete, strict=True):
                 if done:
                     self._complete(job)
