@@ -24,7 +24,7 @@ from hashlens.errors import (
 )
 from search_service.backup import archive, catalog_file
 from search_service.backup.archive import Archive, Saved
-from search_service.backup.files import Pace, check_features, copy, link, open_source
+from search_service.backup.files import Pace, blocks, check_features, copy, link, open_source
 from search_service.storage import layout, manifest
 from search_service.storage.failpoints import reach
 from search_service.storage.manifest import FileState, Manifest
@@ -162,11 +162,16 @@ class _Taker:
         """Take the files that a manifest describes."""
         began_s = time.monotonic()
         n_linked = 0
-        for name in loaded.files:
+        base = None
+        # The rows come first: by them an earlier backup's features are known for the same.
+        rows = layout.rows_file(loaded.generation)
+        for name in sorted(loaded.files, key=lambda name: name != rows):
             try:
-                n_linked += self._file(source, directory_fd, name, loaded, target)
+                n_linked += self._file(source, directory_fd, name, loaded, target, base)
+                if name == rows:
+                    base = self._base_of(source.name, loaded, target / rows)
             except FileNotFoundError:
-                if _is_current(source, loaded):
+                if _is_current(source, directory_fd, loaded):
                     raise DataLossError(f"{source / name} is missing") from None
                 raise _ReplacedError from None
             reach("backup.file")
@@ -197,7 +202,13 @@ class _Taker:
         )
 
     def _file(
-        self, source: Path, directory_fd: int, name: str, loaded: Manifest, target: Path
+        self,
+        source: Path,
+        directory_fd: int,
+        name: str,
+        loaded: Manifest,
+        target: Path,
+        base: Path | None,
     ) -> bool:
         """Take one file; tell whether it is a link."""
         state = loaded.files[name]
@@ -209,9 +220,8 @@ class _Taker:
                 if size != state.length:
                     raise DataLossError(f"{source / name} has {size} bytes, not {state.length}")
                 return True
-            if self._is_in_base(source.name, name, loaded):
-                assert self._config.base is not None
-                with _descriptor(self._config.base / source.name) as base_fd:
+            if base is not None and _has(base / name, full_bytes):
+                with _descriptor(base) as base_fd:
                     if link(name, base_fd, target / name):
                         return True
         crc32 = copy(name, directory_fd, source / name, state.length, target / name, self._pace)
@@ -219,14 +229,22 @@ class _Taker:
             raise DataLossError(f"{source / name} does not match its checksum")
         return False
 
-    def _is_in_base(self, collection: str, name: str, loaded: Manifest) -> bool:
-        """Tell whether the earlier backup has the same full file."""
-        saved = None if self._base is None else self._base.collections.get(collection)
-        return (
-            saved is not None
-            and (saved.epoch, saved.generation) == (loaded.epoch, loaded.generation)
-            and saved.files.get(name) == loaded.files[name]
-        )
+    def _base_of(self, name: str, loaded: Manifest, rows: Path) -> Path | None:
+        """Return where the earlier backup has the first of the same rows; None if it has not."""
+        saved = None if self._base is None else self._base.collections.get(name)
+        if self._config.base is None or saved is None or saved.epoch != loaded.epoch:
+            return None
+        state = saved.files.get(rows.name)
+        if state is None or state.length > loaded.files[rows.name].length:
+            return None
+        descriptor = open_source(rows.name, None, rows)
+        try:
+            crc32 = 0
+            for block in blocks(descriptor, state.length, rows, self._pace):
+                crc32 = zlib.crc32(block, crc32)
+        finally:
+            os.close(descriptor)
+        return self._config.base / name if crc32 == state.crc32 else None
 
 
 @contextlib.contextmanager
@@ -264,13 +282,19 @@ def _opened(source: Path) -> Iterator[tuple[int, Manifest, bytes]]:
         os.close(directory_fd)
 
 
-def _is_current(source: Path, loaded: Manifest) -> bool:
+def _is_current(source: Path, directory_fd: int, loaded: Manifest) -> bool:
     """Tell whether a collection's files are still those that a manifest describes."""
     try:
-        now = manifest.read(source)
-    except DataLossError:
+        # Other files may come under the same names, in another directory.
+        if not os.path.samestat(source.stat(), os.fstat(directory_fd)):
+            return False
+        return manifest.read(source).generation == loaded.generation
+    except (FileNotFoundError, DataLossError):
         return False
-    return (now.epoch, now.generation) == (loaded.epoch, loaded.generation)
+
+
+def _has(path: Path, length: int) -> bool:
+    return path.is_file() and path.stat().st_size == length
 
 
 def _sync(path: Path) -> None:

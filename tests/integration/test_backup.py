@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -241,6 +242,15 @@ def test_full_segments_are_links_and_all_else_is_not(config: StoreConfig, tmp_pa
     )
     take(again, (), quiet)
     assert links(tmp_path / "c") == {name: 2 if name in segments else 1 for name in sizes}
+    # One that has other rows under the same names is not linked to.
+    held = archive.read(tmp_path / "b")
+    saved = held.collections[FULL.name]
+    files = {**saved.files, "rows-0.rec": replace(saved.files["rows-0.rec"], crc32=0)}
+    other = replace(held, collections={FULL.name: replace(saved, files=files)})
+    archive.write(tmp_path / "b", other)
+    take(replace(again, output=tmp_path / "d"), (), quiet)
+    assert set(links(tmp_path / "d").values()) == {1}
+    archive.write(tmp_path / "b", held)
     # What the store does with its files does not reach the backup.
     with Store.open(config) as store:
         collection = store.get(FULL.name)
