@@ -7,7 +7,7 @@ import os
 import stat
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -27,22 +27,35 @@ _CANNOT_LINK: Final = frozenset(
 
 
 class Pace:
-    """Keeps reading below a rate, so that who searches keeps the disk.
+    """Keeps reading below a rate, so that who searches keeps the disk, and says how far it is.
 
     Parameters
     ----------
     bytes_per_s
         The most, on average; 0: no limit.
+    report
+        Called with a line now and then.
+    report_every_s
+        How often, in seconds.
     """
 
-    def __init__(self, bytes_per_s: float) -> None:
+    def __init__(
+        self, bytes_per_s: float, report: Callable[[str], None], *, report_every_s: float = 10.0
+    ) -> None:
         self._bytes_per_s = bytes_per_s
-        self._due_s = time.monotonic()
+        self._report = report
+        self._report_every_s = report_every_s
+        self._due_s = self._reported_s = time.monotonic()
+        self._n_bytes = 0
 
     def spend(self, n_bytes: int) -> None:
         """Wait as long as reading so many bytes is to take."""
+        now_s = time.monotonic()
+        self._n_bytes += n_bytes
+        if now_s - self._reported_s >= self._report_every_s:
+            self._reported_s = now_s
+            self._report(f"{self._n_bytes / 1e6:,.0f} MB read so far")
         if self._bytes_per_s > 0:
-            now_s = time.monotonic()
             self._due_s = max(self._due_s, now_s) + n_bytes / self._bytes_per_s
             time.sleep(max(self._due_s - now_s, 0))
 

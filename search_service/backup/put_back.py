@@ -40,6 +40,7 @@ _DROP_S: Final = 60.0
 _READY_S: Final = 120.0
 """The longest to wait for a Redis that reads its data."""
 _POLL_S: Final = 0.2
+_REPORT_ITEMS: Final = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +119,7 @@ def put_back(
             "digit.",
             field="as",
         )
-    pace = Pace(config.mb_per_s * 1e6)
+    pace = Pace(config.mb_per_s * 1e6, report)
     jobs = []
     for name in wanted:
         saved = held.collections[name]
@@ -256,11 +257,14 @@ class _Restorer:
         """Put all items into Redis."""
         refill.begin()
         batch: list[tuple[bytes, bytes]] = []
-        n_bytes = 0
+        n_bytes = n_filled = 0
         for entry in catalog_file.read(job.source / catalog_file.CATALOG, job.loaded):
             if batch and (len(batch) == FILL_ITEMS or n_bytes + len(entry.raw) > FILL_BYTES):
                 refill.fill(batch)
                 reach("restore.redis")
+                n_filled += len(batch)
+                if n_filled % _REPORT_ITEMS < len(batch):
+                    self._report(f"{job.name}: {n_filled:,} of {job.saved.items:,} items in Redis")
                 batch, n_bytes = [], 0
             batch.append((entry.id, entry.raw))
             n_bytes += len(entry.raw)

@@ -87,7 +87,7 @@ def take(config: BackupConfig, names: Sequence[str], report: Callable[[str], Non
         if not (layout.is_safe_name(name) and (root / name).is_dir()):
             raise NotFoundError(f"{config.data_dir} has no collection {name}.")
     base = None if config.base is None else archive.read(config.base)
-    taker = _Taker(config, base, Pace(config.mb_per_s * 1e6), report)
+    taker = _Taker(config, base, Pace(config.mb_per_s * 1e6, report), report)
     try:
         return taker.take(root, names)
     except OSError as error:

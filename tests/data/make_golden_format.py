@@ -120,7 +120,7 @@ def _write(data_dir: Path, server: RedisServer) -> dict[str, Any]:
 
 
 def keys_of(client: redis.Redis, name: str) -> dict[str, Any]:
-    """All keys of a collection but its replicas."""
+    """All keys of a collection that hold its data or its writes; not what is said of replicas."""
     found: dict[str, Any] = {}
     for key in sorted(key.decode() for key in client.keys(f"hl:{{{name}}}:*")):
         if key.endswith(":log"):
@@ -129,7 +129,7 @@ def keys_of(client: redis.Redis, name: str) -> dict[str, Any]:
         elif key.endswith(":meta"):
             fields = client.hgetall(key)
             found[key] = {field.decode(): fields[field].decode() for field in sorted(fields)}
-        elif not key.endswith(":replicas"):
+        elif any(kind in key for kind in (":b:", ":p:", ":req:")):
             fields = client.hgetall(key)
             found[key] = {field.hex(): fields[field].hex() for field in sorted(fields)}
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from hashlens.errors import (
 from hashlens.types import CollectionSpec, FeatureDtype
 from search_service.backup import archive
 from search_service.backup import take as take_module
+from search_service.backup.files import Pace
 from search_service.backup.put_back import RestoreConfig, put_back
 from search_service.backup.take import BackupConfig, take
 from search_service.storage import Record, Store, StoreConfig
@@ -258,7 +260,7 @@ def test_full_segments_are_links_and_all_else_is_not(config: StoreConfig, tmp_pa
         collection.upsert(make_records(FULL, 200, seed=5), request_id="", deadline_s=DEADLINE_S)
     for output in ("a", "b", "c"):
         saved = archive.read(tmp_path / output).collections[FULL.name]
-        archive.check(tmp_path / output, FULL.name, saved, take_module.Pace(0))
+        archive.check(tmp_path / output, FULL.name, saved, Pace(0, quiet))
 
 
 def test_files_that_are_replaced_meanwhile_are_taken_anew(
@@ -403,6 +405,17 @@ def test_what_is_there_is_never_overwritten(
     opened = Store.open(StoreConfig(data_dir=target.data_dir, redis_url=target.redis_url))
     with opened, pytest.raises(PreconditionError, match="in use"):
         put_back(output, target, [FULL.name], None, quiet)
+
+
+def test_a_rate_is_kept_and_progress_is_told() -> None:
+    lines: list[str] = []
+    pace = Pace(50e6, lines.append, report_every_s=0)
+    began_s = time.monotonic()
+    for _ in range(10):
+        pace.spend(1_000_000)
+    # At least, whatever else the machine is doing.
+    assert time.monotonic() - began_s >= 0.15
+    assert lines[-1] == "10 MB read so far"
 
 
 def test_what_cannot_be_is_refused(

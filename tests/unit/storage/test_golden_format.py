@@ -175,7 +175,7 @@ def test_a_service_goes_on_with_files_and_redis(
 def test_a_backup_is_restored(server: RedisServer, clean: redis.Redis, tmp_path: Path) -> None:
     output = GOLDEN / "backup"
     for name, saved in archive.read(output).collections.items():
-        assert archive.check(output, name, saved, Pace(0)).spec == SPECS[name]
+        assert archive.check(output, name, saved, Pace(0, lambda _: None)).spec == SPECS[name]
         version, items = exported(output / name / "catalog.bin", -(-SPECS[name].n_bits // 8))
         into_redis(clean, name)
         assert (version, items) == (expected(name)[0], in_redis(clean, name))
