@@ -14,7 +14,7 @@ from search_service.backup import archive
 from search_service.backup.put_back import RestoreConfig, put_back
 from search_service.backup.take import BackupConfig, take
 from search_service.storage import Store, StoreConfig, failpoints
-from tests.support.backups import hashlens
+from tests.support.backups import hashlens, quiet
 from tests.support.redis_server import RedisServer, server_binaries
 from tests.support.stores import (
     DEADLINE_S,
@@ -29,10 +29,6 @@ from tests.support.stores import (
 SPEC = CollectionSpec("saved", "m", 48, 16, FeatureDtype.F16, 1000)
 N_ITEMS = 1500
 """More than one call to Redis takes."""
-
-
-def quiet(_: str) -> None:
-    """Where a command would print."""
 
 
 @pytest.fixture

@@ -7,10 +7,15 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 import zlib
 from pathlib import Path
 
-from search_service.storage import failpoints
+import numpy as np
+
+from hashlens.types import CollectionSpec, FeatureDtype
+from search_service.storage import Record, Store, failpoints
+from tests.support.stores import DEADLINE_S, Model, make_record
 
 _COMMANDS = """
 from hashlens.cli.main import main
@@ -20,6 +25,9 @@ main.add_command(restore)
 main(prog_name="hashlens")
 """
 _LONGEST_S = 60
+
+FULL = CollectionSpec("full", "m", 100, 33, FeatureDtype.F16, 1000)
+CODES = CollectionSpec("codes", "m", 8, 0, expected_rows=10)
 
 
 def hashlens(*arguments: str | Path, failpoint: str = "") -> subprocess.CompletedProcess[str]:
@@ -70,3 +78,44 @@ def exported(path: Path, code_bytes: int) -> tuple[int, dict[str, tuple[int, byt
         found[item_id] = (item_seq, data[ends[1] : ends[2]], data[ends[2] : at])
     assert (at, len(found)) == (len(data), n_items)
     return seq, found
+
+
+class History:
+    """What one writer has written, by version."""
+
+    def __init__(self, spec: CollectionSpec) -> None:
+        self.spec = spec
+        self.steps: list[tuple[str, Record | None]] = []
+        self.rng = np.random.default_rng(1)
+
+    def write(self, store: Store, n_writes: int, stop: threading.Event | None = None) -> None:
+        """Upsert, update and delete; every step of it is a version."""
+        collection = store.create(self.spec)
+        present = set(self.at(len(self.steps)).items)
+        for _ in range(n_writes):
+            if stop is not None and stop.is_set():
+                return
+            ids = [f"i{i}" for i in self.rng.integers(0, 300, size=int(self.rng.integers(1, 30)))]
+            if self.rng.random() < 0.3:
+                gone = [item_id for item_id in dict.fromkeys(ids) if item_id in present]
+                collection.delete(ids, request_id="", deadline_s=DEADLINE_S)
+                self.steps += [(item_id, None) for item_id in gone]
+                present -= set(gone)
+            else:
+                records = [make_record(self.spec, item_id, self.rng) for item_id in ids]
+                collection.upsert(records, request_id="", deadline_s=DEADLINE_S)
+                self.steps += [(record.id, record) for record in records]
+                present |= set(ids)
+
+    def at(self, version: int) -> Model:
+        model = Model(version=version)
+        for item_id, record in self.steps[:version]:
+            if record is None:
+                del model.items[item_id]
+            else:
+                model.items[item_id] = record
+        return model
+
+
+def quiet(_: str) -> None:
+    """Where a command would print."""

@@ -132,7 +132,7 @@ def test_what_is_restored_answers_as_what_was_saved(tmp_path: Path) -> None:
 
 
 def test_the_package_has_both_commands() -> None:
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text("utf-8"))
     entries = project["project"]["entry-points"]["hashlens.commands"]
     for name in ("backup", "restore"):
         assert entries[name] == f"{commands.__name__}:{getattr(commands, name).name}"
