@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from hashlens.types import (
 from search_service.snapshot import Snapshot
 from search_service.storage import layout
 from search_service.storage.catalog import Catalog, Raw
+from search_service.storage.compaction import Compacted, Pace, compact
 from search_service.storage.failpoints import reach
 from search_service.storage.follower import Follower
 from search_service.storage.keys import Meta
@@ -87,6 +89,8 @@ class Collection:
         """About the last write of this replica's own callers."""
         self._meta = Meta(local.spec, local.epoch, local.n_buckets, local.seq, False)
         self._checkpointed_at = time.monotonic()
+        self._stopping = threading.Event()
+        self._compacting = threading.Lock()
 
     @property
     def spec(self) -> CollectionSpec:
@@ -253,6 +257,30 @@ class Collection:
             logger.info("the log of %s is not trimmed: %s", self.spec.name, error)
         return seq
 
+    def compact(self, bytes_per_s: float = 0) -> Compacted:
+        """Write the local files anew without the rows of replaced and deleted items.
+
+        Searching and writing go on. Another call meanwhile waits and goes over the files again.
+
+        Parameters
+        ----------
+        bytes_per_s
+            Most bytes that are copied per second; 0 for no limit.
+
+        Raises
+        ------
+        CancelledError
+            The collection was closed or dropped.
+        PreconditionError
+            The local files are not all there is; they are kept as they are.
+        OSError, DataLossError
+            See `compaction.compact`.
+        """
+        with self._compacting:
+            if self.is_lost:
+                raise PreconditionError(self.info().detail)
+            return compact(self._local, Pace(bytes_per_s, self._stopping))
+
     def checkpoint_is_due(self, *, interval_s: float, rows: int, n_bytes: int) -> bool:
         """Tell whether enough has been applied, or long enough ago."""
         if self._local.seq == self._local.checkpoint_seq:
@@ -266,13 +294,13 @@ class Collection:
         self._follower.start()
 
     def stop(self) -> None:
-        """Ask the follower to end; `close` and `remove` wait for it."""
+        """Ask all that is under way to end; `close` and `remove` wait for it."""
+        self._stopping.set()
         self._follower.stop()
 
     def close(self) -> None:
         """End, with a last checkpoint. Snapshots that are in use stay valid."""
-        self._follower.stop()
-        self._follower.join()
+        self._end()
         try:
             self.checkpoint()
         except (OSError, HashlensError) as error:
@@ -281,9 +309,14 @@ class Collection:
 
     def remove(self) -> None:
         """End, and delete the local files. Snapshots that are in use stay valid."""
-        self._follower.stop()
-        self._follower.join()
+        self._end()
         self._local.remove()
+
+    def _end(self) -> None:
+        self.stop()
+        self._follower.join()
+        with self._compacting:
+            pass
 
     def _check_writable(self, deadline_s: float) -> None:
         """Refuse what could not be applied here; the rest is for Redis to say."""

@@ -34,6 +34,13 @@ NAMES: Final[frozenset[str]] = frozenset(
         "checkpoint.trim",
         # A segment of features is full, and the next begins.
         "seal.segment",
+        # The files are written anew without their dead rows.
+        "compact.begin",
+        "compact.copy",
+        "compact.sync",
+        "compact.manifest",
+        "compact.switched",
+        "compact.unlink",
         # A collection comes or goes.
         "create.manifest",
         "create.rename",

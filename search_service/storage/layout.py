@@ -48,6 +48,7 @@ DELETE: Final = 2
 
 _RECORD = struct.Struct("<BHII")
 _EXTRAS = struct.Struct("<QH")
+_GENERATION = re.compile(r"(?:codes|rows|ids|payloads|tags|dead|features)-(\d+)\..+")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _BUCKET_ENTRIES = 128
 _MAX_BUCKETS = 1 << 24
@@ -242,3 +243,9 @@ def deaths_file(generation: int) -> str:
 def features_file(generation: int, segment: int, dtype: FeatureDtype) -> str:
     """Return the name of one segment of features."""
     return f"features-{generation}.s{segment:05d}.{dtype.value}"
+
+
+def generation_of(name: str) -> int | None:
+    """Return the generation that a file belongs to by its name, or None if it has none."""
+    found = _GENERATION.fullmatch(name)
+    return None if found is None else int(found[1])

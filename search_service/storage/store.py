@@ -30,7 +30,7 @@ from search_service.storage.collection import Collection
 from search_service.storage.embedded import EmbeddedRedis
 from search_service.storage.follower import Follower
 from search_service.storage.keys import Meta, foreign
-from search_service.storage.local import LocalCollection, clean, quarantine
+from search_service.storage.local import LocalCollection
 
 logger = logging.getLogger(__name__)
 
@@ -234,12 +234,12 @@ class Store:
     def _load(self) -> None:
         """Open all collections in the directory."""
         self._directory.mkdir(exist_ok=True)
-        clean(self._directory)
+        data_dir.clean(self._directory)
         for directory in sorted(self._directory.iterdir()):
             try:
                 local = LocalCollection.load(directory)
             except DataLossError as error:
-                aside = quarantine(directory, self._config.data_dir / "quarantine")
+                aside = data_dir.quarantine(directory, self._config.data_dir / "quarantine")
                 logger.error("%s; the files are in %s now", error.message, aside)
                 continue
             self._serve(local)
