@@ -298,4 +298,5 @@ def _remove_others(directory: Path, generation: int) -> None:
                 path.unlink(missing_ok=True)
         manifest.sync_directory(directory)
     except OSError as error:
-        logger.error("files in %s that do not count cannot be removed: %s", directory, error)
+        # Its text only: whoever keeps the error keeps its frames, and with them old mappings.
+        logger.error("files in %s that do not count cannot be removed: %s", directory, str(error))

@@ -6,7 +6,6 @@ whoever makes a checkpoint does not stop the other two.
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import shutil
 import threading
@@ -14,7 +13,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +28,7 @@ from search_service.storage.failpoints import reach
 from search_service.storage.id_index import StoredIds
 from search_service.storage.layout import LogRecord
 from search_service.storage.manifest import FileState, Manifest
-from search_service.storage.rows import RowsAt, RowTable
-
-_CHECK_BYTES: Final = 1 << 20
+from search_service.storage.rows import RowsAt, RowTable, load_table
 
 
 class LocalCollection:
@@ -129,7 +126,7 @@ class LocalCollection:
                 path.unlink()
         arrays = Arrays.load(directory, loaded)
         try:
-            return cls(directory, loaded, arrays, _load_table(directory, arrays))
+            return cls(directory, loaded, arrays, load_table(directory, arrays))
         except BaseException:
             arrays.close()
             raise
@@ -191,7 +188,7 @@ class LocalCollection:
             The disk is full or broken. Nothing was applied; trying again is safe.
         """
         with self._lock:
-            puts, deaths = self._sort_out(records)
+            puts, deaths = self._table.sort_out(records, self._stored_ids())
             id_end, payload_end, tags_end = self._arrays.ends()
             ids = [record.id.encode() for record in puts]
             rows = np.zeros(len(puts), dtype=layout.ROW)
@@ -357,27 +354,6 @@ class LocalCollection:
         self.close()
         data_dir.discard(self.directory)
 
-    def _sort_out(
-        self, records: Sequence[LogRecord]
-    ) -> tuple[list[LogRecord], list[tuple[int, int]]]:
-        """Return the writes that make rows, and (row, seq) of the rows that die."""
-        puts: list[LogRecord] = []
-        deaths: list[tuple[int, int]] = []
-        rows_now: dict[str, int | None] = {}
-        base = self._arrays.rows
-        rows_before = self._table.alive_rows([record.id for record in records], self._stored_ids())
-        for record, row_before in zip(records, rows_before, strict=True):
-            item_id = record.id
-            row = rows_now.get(item_id, row_before)
-            if row is not None:
-                deaths.append((row, record.seq))
-            if record.op == layout.PUT:
-                rows_now[item_id] = base + len(puts)
-                puts.append(record)
-            else:
-                rows_now[item_id] = None
-        return puts, deaths
-
     def _prefix(self) -> Prefix:
         arrays = self._arrays
         return Prefix(
@@ -442,33 +418,6 @@ class LocalCollection:
             model_id=self.spec.model_id,
             table_id=f"{self.epoch}/{self.generation}",
         )
-
-
-def _load_table(directory: Path, arrays: Arrays) -> RowTable:
-    """Check the ids in the files, and rebuild the tombstones in memory."""
-    _check_ids(directory, arrays)
-    table = RowTable(arrays.rows)
-    dead = arrays.death_records()["row"].astype(np.int64)
-    if dead.size and int(dead.max()) >= arrays.rows:
-        raise DataLossError(f"a tombstone in {directory} has no row")
-    table.kill(dead)
-    table.lose(np.flatnonzero(arrays.records()["flags"] & layout.NO_FEATURE))
-    return table
-
-
-def _check_ids(directory: Path, arrays: Arrays) -> None:
-    """Raise DataLossError unless each id is UTF-8: all are, and none begins inside a letter."""
-    data = arrays.id_bytes()[: arrays.ends()[0]]
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        for first in range(0, len(data), _CHECK_BYTES):
-            decoder.decode(data[first : first + _CHECK_BYTES].data)
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        raise DataLossError(f"the ids in {directory} are not text: {error}") from None
-    starts = arrays.records()["id_end"][:-1]
-    if ((data[starts] & 0xC0) == 0x80).any():
-        raise DataLossError(f"the ids in {directory} are not text: one ends inside a letter")
 
 
 def _running_total(lengths: list[int]) -> NDArray[np.uint64]:
