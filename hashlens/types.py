@@ -206,6 +206,24 @@ class CollectionInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaInfo:
+    """One replica of a collection, as Redis knows it."""
+
+    id: str
+    """UUID of its data directory."""
+    address: str
+    """host:port where others reach it; empty if it said none."""
+    checkpoint_version: int
+    """Everything up to here is safe in its files; the log is kept from here on."""
+    erased_version: int
+    """Rows that were dead at this version are gone from its files."""
+    silent_ms: int
+    """How long ago it was heard of, in milliseconds."""
+    live: bool
+    """Whether the log still waits for it; one that was silent for too long copies files anew."""
+
+
+@dataclass(frozen=True, slots=True)
 class Item:
     """What a collection holds: exactly one of `embedding` and `image` when it is written."""
 

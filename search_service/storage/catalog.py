@@ -28,6 +28,7 @@ from search_service.storage.keys import (
     read_meta,
     text,
 )
+from search_service.storage.replicas import FORGET_S, SILENCE_S, ReplicaList
 
 REQUEST_TTL_S: Final = 600
 """How long a request id is remembered, in seconds."""
@@ -74,6 +75,8 @@ class Catalog:
 
     def __init__(self, url: str, attempt_timeout_s: float) -> None:
         self._caller = Caller(url, attempt_timeout_s)
+        self.replicas = ReplicaList(self._caller)
+        """Who follows the logs."""
 
     def close(self) -> None:
         """Close all connections."""
@@ -178,14 +181,14 @@ class Catalog:
             doomed = [key for number in numbers for key in keys.buckets(number)]
             arguments = [keys.meta, *doomed]
             self._script(scripts.DROP_KEYS, arguments, [meta.epoch], give_up - time.monotonic())
-        doomed = [keys.meta, keys.log, keys.replicas]
+        doomed = [keys.meta, keys.log, keys.replicas, keys.seen]
         self._script(scripts.DROP_END, doomed, [meta.epoch], give_up - time.monotonic())
         self._remove_name(meta.spec.name, give_up - time.monotonic())
 
     def record_drop(self, name: str, epoch: str, deadline_s: float) -> None:
         """Let all replicas know that an epoch was dropped on purpose."""
         note = f"{name} {time.time():.0f}"
-        self._caller.run(lambda client: client.hsetnx(DROPPED, epoch, note), deadline_s)
+        self._script(scripts.RECORD_DROP, [DROPPED], [epoch, note], deadline_s)
 
     def put(
         self,
@@ -194,6 +197,7 @@ class Catalog:
         *,
         request_id: str,
         deadline_s: float,
+        known_seq: int = 0,
         content: bytes | None = None,
     ) -> Written:
         """Write items, replacing those whose ids are there.
@@ -208,6 +212,8 @@ class Catalog:
             Names this write.
         deadline_s
             The longest to wait, in seconds.
+        known_seq
+            What Redis has had already: if it has less now, it has lost writes and gets no more.
         content
             What the request id is tied to; None: the items.
 
@@ -216,13 +222,13 @@ class Catalog:
         InvalidInputError
             The request id was used for something else.
         PreconditionError
-            Redis has another epoch of the collection, or none.
+            Redis has another epoch of the collection, or none, or it has lost writes.
         NotFoundError
             The collection is being dropped.
         DeadlineError
             Only a part is written.
         """
-        return self._write(scripts.PUT, meta, items, request_id, deadline_s, content)
+        return self._write(scripts.PUT, meta, items, request_id, deadline_s, known_seq, content)
 
     def delete(
         self,
@@ -231,20 +237,43 @@ class Catalog:
         *,
         request_id: str,
         deadline_s: float,
+        known_seq: int = 0,
     ) -> Written:
         """Remove items; raises as `put`."""
-        return self._write(scripts.DELETE, meta, items, request_id, deadline_s)
+        return self._write(scripts.DELETE, meta, items, request_id, deadline_s, known_seq)
 
     def trim(
-        self, meta: Meta, replica_id: str, seq: int, budget_entries: int, deadline_s: float
+        self,
+        meta: Meta,
+        replica_id: str,
+        seq: int,
+        budget_entries: int,
+        deadline_s: float,
+        *,
+        silence_s: float = SILENCE_S,
+        forget_s: float = FORGET_S,
     ) -> str:
-        """Move a replica's checkpoint and trim the log behind the slowest; return the status."""
+        """Move a replica's checkpoint and trim the log behind the slowest; return the status.
+
+        Parameters
+        ----------
+        meta
+            Of the collection.
+        replica_id, seq
+            Which replica, and up to where its files are safe.
+        budget_entries
+            Most entries to keep for slower replicas.
+        deadline_s
+            The longest to wait, in seconds.
+        silence_s, forget_s
+            The log does not wait for a replica that was silent for longer, and one that was silent
+            for much longer is forgotten, in seconds.
+        """
         keys = Keys(meta.spec.name)
         arguments = [meta.epoch, replica_id, seq, budget_entries]
-        reply = self._script(
-            scripts.TRIM, [keys.meta, keys.log, keys.replicas], arguments, deadline_s
-        )
-        return text(reply[0])
+        arguments += [int(silence_s * 1000), int(forget_s * 1000)]
+        names = [keys.meta, keys.log, keys.replicas, keys.seen]
+        return text(self._script(scripts.TRIM, names, arguments, deadline_s)[0])
 
     def _write(
         self,
@@ -253,6 +282,7 @@ class Catalog:
         items: Sequence[Raw],
         request_id: str,
         deadline_s: float,
+        known_seq: int,
         content: bytes | None = None,
     ) -> Written:
         """Send a write in chunks, each of them atomic and repeatable."""
@@ -276,7 +306,7 @@ class Catalog:
             reply = self._script(
                 script,
                 [keys.meta, keys.log, request, *buckets],
-                [meta.epoch, digest, REQUEST_TTL_S, body, code_bytes],
+                [meta.epoch, digest, REQUEST_TTL_S, body, code_bytes, max(known_seq, seq)],
                 give_up - time.monotonic(),
             )
             try:

@@ -41,6 +41,10 @@ NAMES: Final[frozenset[str]] = frozenset(
         "compact.manifest",
         "compact.switched",
         "compact.unlink",
+        # Files are made anew from Redis.
+        "rebuild.scan",
+        "rebuild.write",
+        "rebuild.rename",
         # A collection comes or goes.
         "create.manifest",
         "create.rename",

@@ -57,6 +57,11 @@ class Keys:
         """HASH replica id -> sequence number that is safe in its files."""
         return f"hl:{{{self.name}}}:replicas"
 
+    @property
+    def seen(self) -> str:
+        """HASH replica id -> when it was last heard of, what it has erased, where it is."""
+        return f"hl:{{{self.name}}}:seen"
+
     def request(self, epoch: str, request_id: str) -> str:
         """HASH: the answer to a write. The epoch keeps a new collection from an old one's."""
         return f"hl:{{{self.name}}}:req:{epoch}:{request_id}"
@@ -104,6 +109,11 @@ def check_status(name: str, reply: Sequence[Any]) -> None:
         )
     if status == "dropping":
         raise NotFoundError(f"The collection {name} is being dropped.")
+    if status == "behind":
+        raise PreconditionError(
+            f"Redis went back to version {text(reply[1])} of the collection {name}: it has lost "
+            "writes. Bring the right Redis back; or drop the collection and index again."
+        )
     if status != "ok":
         raise PreconditionError(foreign(name, text(reply[1]) if len(reply) > 1 else None))
 

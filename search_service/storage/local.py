@@ -25,6 +25,7 @@ from search_service.snapshot import Snapshot
 from search_service.storage import data_dir, layout, manifest
 from search_service.storage.arrays import Arrays, Prefix
 from search_service.storage.failpoints import reach
+from search_service.storage.frozen import Frozen
 from search_service.storage.id_index import StoredIds
 from search_service.storage.layout import LogRecord
 from search_service.storage.manifest import FileState, Manifest
@@ -47,6 +48,7 @@ class LocalCollection:
         self.erased_seq = loaded.erased_seq
         """Rows that were dead at this write are in none of the files."""
         self.directory = directory
+        """Where the files are."""
         self.generation = loaded.generation
         """Part of the names of the files that count now."""
         self._saved_erased_seq = loaded.erased_seq
@@ -131,6 +133,19 @@ class LocalCollection:
             arrays.close()
             raise
 
+    @classmethod
+    def over(cls, directory: Path, loaded: Manifest, arrays: Arrays) -> Self:
+        """Take rows that are in the files already, none of them safe before a `checkpoint`.
+
+        Raises
+        ------
+        DataLossError
+            An id is not text.
+        """
+        local = cls(directory, loaded, arrays, load_table(directory, arrays))
+        local.checkpoint_seq = -1
+        return local
+
     @property
     def snapshot(self) -> Snapshot:
         """The newest version; cheap, takes no lock."""
@@ -157,6 +172,23 @@ class LocalCollection:
     def pending(self) -> tuple[int, int]:
         """Rows and bytes applied since the last checkpoint began."""
         return self._rows_since_checkpoint, self._bytes_since_checkpoint
+
+    def frozen(self) -> Frozen:
+        """Return everything in the files at this moment, for who compares it."""
+        with self._lock:
+            arrays = self._arrays
+            return Frozen(
+                seq=self.seq,
+                generation=self.generation,
+                rows_per_segment=arrays.rows_per_segment,
+                words=arrays.words(),
+                records=arrays.records(),
+                deaths=arrays.death_records(),
+                ids=arrays.id_bytes(),
+                payloads=arrays.payload_bytes(),
+                tags=arrays.tag_bytes(),
+                table=self._table,
+            )
 
     def wait_for(self, version: int, deadline_s: float) -> Snapshot:
         """Return the newest snapshot as soon as it has a version.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import redis
@@ -34,6 +35,9 @@ class Batch(NamedTuple):
     are too: an epoch never comes back."""
     seq: int
     """The newest write in Redis right after the read."""
+    here: bytes | None
+    """The log record at `after_seq` right after the read, if it is left. If it is the one that the
+    reader knows, the entries continue the reader's own log."""
 
 
 class LogReader:
@@ -74,24 +78,31 @@ class LogReader:
         reply = run_script(
             self._client,
             scripts.REGISTER,
-            [self._keys.meta, self._keys.log, self._keys.replicas],
+            [self._keys.meta, self._keys.log, self._keys.replicas, self._keys.seen],
             [epoch, replica_id, checkpoint_seq, seq],
         )
         check_status(self._keys.name, reply)
-        return Position(int(reply[1]), _seq(reply[2]) if reply[2] else None, reply[3] or None)
+        return position_of(reply)
 
     def read(self, after_seq: int, count: int) -> Batch:
         """Return up to `count` entries after a sequence number, waiting a little for the first."""
         with self._client.pipeline(transaction=False) as pipeline:
             pipeline.xread({self._keys.log: f"{after_seq}-1"}, count, self._block_ms)
             pipeline.hmget(self._keys.meta, ["epoch", "seq"])
-            streams, (epoch, seq) = pipeline.execute()
+            # Asked after the entries: whoever replaced the data in between is found out.
+            pipeline.xrange(self._keys.log, f"{after_seq}-1", f"{after_seq}-1")
+            streams, (epoch, seq), here = pipeline.execute()
         entries: list[Any] = streams[0][1] if streams else []
         return Batch(
-            [(_seq(entry_id), fields[1]) for entry_id, fields in entries],
+            [(seq_of(entry_id), fields[1]) for entry_id, fields in entries],
             None if epoch is None else epoch.decode(),
             int(seq or 0),
+            here[0][1][b"r"] if here else None,
         )
+
+    def probe(self) -> None:
+        """Ask whether Redis takes writes: one that is read-only or full lets its log be read."""
+        run_script(self._client, scripts.PROBE, [], [])
 
     def unblock(self) -> None:
         """Let a read that waits return at once, if the server allows it."""
@@ -107,5 +118,11 @@ class LogReader:
             self._waker.close()
 
 
-def _seq(entry_id: bytes) -> int:
+def position_of(reply: Sequence[Any]) -> Position:
+    """Read the reply of `scripts.REGISTER`."""
+    return Position(int(reply[1]), seq_of(reply[2]) if reply[2] else None, reply[3] or None)
+
+
+def seq_of(entry_id: bytes) -> int:
+    """Return the sequence number in a log entry's id."""
     return int(entry_id.partition(b"-")[0])
