@@ -19,6 +19,7 @@ from hashlens.errors import (
 from hashlens.types import CollectionSpec
 from search_service.storage import layout, scripts
 from search_service.storage.connection import Caller, run_script
+from search_service.storage.erasure import Eraser
 from search_service.storage.keys import (
     COLLECTIONS,
     DROPPED,
@@ -77,6 +78,8 @@ class Catalog:
         self._caller = Caller(url, attempt_timeout_s)
         self.replicas = ReplicaList(self._caller)
         """Who follows the logs."""
+        self.eraser = Eraser(self._caller)
+        """Erases from the logs."""
 
     def close(self) -> None:
         """Close all connections."""

@@ -38,6 +38,7 @@ from search_service.storage.keys import Meta
 from search_service.storage.local import LocalCollection
 from search_service.storage.packed_records import packed_records
 from search_service.storage.records import Record
+from search_service.storage.replicas import Identity, Replicas
 
 logger = logging.getLogger(__name__)
 
@@ -263,10 +264,43 @@ class Collection:
             logger.info("the log of %s is not trimmed: %s", self.spec.name, error)
         return seq
 
+    @property
+    def checkpoint_seq(self) -> int:
+        """Everything up to this write is safe in the local files."""
+        return self._local.checkpoint_seq
+
+    @property
+    def erased_seq(self) -> int:
+        """Rows that were dead at this write are in none of the local files."""
+        return self._local.erased_seq
+
+    def ask_to_erase(self, deadline_s: float) -> int:
+        """Ask all replicas to erase what is dead by now; return the version that this is.
+
+        Raises
+        ------
+        PreconditionError, NotFoundError
+            Redis and this replica do not hold the same collection.
+        UnavailableError
+            Redis is away.
+        """
+        give_up = time.monotonic() + deadline_s
+        self._check_writable(give_up)
+        seq = self._catalog.eraser.ask(
+            self._meta, self._follower.known_seq, give_up - time.monotonic()
+        )
+        self._follower.saw(seq)
+        return seq
+
+    def replicas(self, deadline_s: float) -> Replicas:
+        """Return all replicas that Redis knows; raises as `ask_to_erase`."""
+        return self._catalog.replicas.look(self._meta, deadline_s)
+
     def compact(self, bytes_per_s: float = 0) -> Compacted:
         """Write the local files anew without the rows of replaced and deleted items.
 
         Searching and writing go on. Another call meanwhile waits and goes over the files again.
+        Redis is told, if it is there, and the log is trimmed.
 
         Parameters
         ----------
@@ -285,7 +319,27 @@ class Collection:
         with self._compacting:
             if self.is_lost:
                 raise PreconditionError(self.info().detail)
-            return compact(self._local, Pace(bytes_per_s, self._stopping))
+            done = compact(self._local, Pace(bytes_per_s, self._stopping))
+        self.checkpoint()
+        self.announce_erased()
+        return done
+
+    def announce_erased(self) -> bool:
+        """Tell Redis what is erased here; return whether it knows now."""
+        if self._follower.trouble is not None:
+            return False
+        try:
+            self._catalog.replicas.hello(
+                self._meta, Identity(self._replica_id), self.erased_seq, _TRIM_S
+            )
+        except HashlensError as error:
+            logger.info("what %s has erased is not known: %s", self.spec.name, error)
+            return False
+        return True
+
+    def stop_compacting(self) -> None:
+        """End a compaction that is under way, and all later ones at once."""
+        self._stopping.set()
 
     def checkpoint_is_due(self, *, interval_s: float, rows: int, n_bytes: int) -> bool:
         """Tell whether enough has been applied, or long enough ago."""
@@ -301,7 +355,7 @@ class Collection:
 
     def stop(self) -> None:
         """Ask all that is under way to end; `close` and `remove` wait for it."""
-        self._stopping.set()
+        self.stop_compacting()
         self._follower.stop()
 
     def close(self) -> None:

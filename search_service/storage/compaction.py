@@ -49,13 +49,20 @@ class OldFile:
 
     path: Path
     length_bytes: int
+    inode: int
     mappings: Mappings
     """Of this process."""
 
     @property
     def is_gone(self) -> bool:
-        """Whether its bytes are: no name leads to it, and nobody reads it any more."""
-        return len(self.mappings) == 0 and not self.path.exists()
+        """Whether its bytes are: no name leads to it, and nobody reads it any more.
+
+        Names below other directories of the collections count: others may be copying it.
+        """
+        if len(self.mappings) or self.path.exists():
+            return False
+        others = self.path.parent.parent.glob(f"*/{self.path.name}")
+        return not any(other.stat().st_ino == self.inode for other in others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +195,10 @@ class _Copy:
             self._sync()
         held = _names_with_dead_rows(local, first)
         old = local.switch(arrays, self._table, first.seq, self._catch_up)
-        files = [OldFile(file.path, file.length, file.mappings) for file in old.files(held)]
+        files = [
+            OldFile(file.path, file.length, file.path.stat().st_ino, file.mappings)
+            for file in old.files(held)
+        ]
         # With it go the mappings that nobody uses.
         del old
         _remove_others(local.directory, local.generation)

@@ -46,6 +46,9 @@ PUT: Final = 1
 DELETE: Final = 2
 """The log record removes an item."""
 
+MARK: Final = 3
+"""The log record changes nothing; it takes room, so that the log can be trimmed up to it."""
+
 _RECORD = struct.Struct("<BHII")
 _EXTRAS = struct.Struct("<QH")
 _GENERATION = re.compile(r"(?:codes|rows|ids|payloads|tags|dead|features)-(\d+)\..+")
@@ -61,7 +64,7 @@ class LogRecord(NamedTuple):
     seq: int
     """Its place in the order of writes, from 1 without holes."""
     op: int
-    """`PUT` or `DELETE`."""
+    """`PUT`, `DELETE` or `MARK`."""
     id: str
     code: bytes
     payload: bytes
@@ -133,6 +136,11 @@ def pack_delete(item_id: bytes) -> bytes:
     return _RECORD.pack(DELETE, len(item_id), 0, 0) + item_id
 
 
+def pack_mark(filling_bytes: int) -> bytes:
+    """Return the log record of a mark."""
+    return _RECORD.pack(MARK, 0, 0, filling_bytes) + bytes(filling_bytes)
+
+
 def unpack_record(seq: int, raw: bytes, n_bits: int, feature_bytes: int) -> LogRecord:
     """Read a log record.
 
@@ -141,7 +149,7 @@ def unpack_record(seq: int, raw: bytes, n_bits: int, feature_bytes: int) -> LogR
     seq
         Its sequence number, for the error message.
     raw
-        As `pack_put` or `pack_delete` made it.
+        As `pack_put`, `pack_delete` or `pack_mark` made it.
     n_bits, feature_bytes
         What the collection's items have.
 
@@ -152,6 +160,10 @@ def unpack_record(seq: int, raw: bytes, n_bits: int, feature_bytes: int) -> LogR
     """
     try:
         op, id_bytes, extras_bytes, found_bytes = _RECORD.unpack_from(raw)
+        if op == MARK:
+            if id_bytes or extras_bytes or len(raw) != _RECORD.size + found_bytes:
+                raise ValueError("a mark with content")
+            return LogRecord(seq, MARK, "", b"", b"", b"", 0, b"", raw)
         id_end = _RECORD.size + id_bytes
         code_end = id_end + (codes.n_bytes(n_bits) if op == PUT else 0)
         extras_end = code_end + extras_bytes

@@ -72,6 +72,8 @@ class RowTable:
         rows_now: dict[str, int | None] = {}
         rows_before = self.alive_rows([record.id for record in records], stored)
         for record, row_before in zip(records, rows_before, strict=True):
+            if record.op == layout.MARK:
+                continue
             item_id = record.id
             row = rows_now.get(item_id, row_before)
             if row is not None:

@@ -283,3 +283,18 @@ return found
 """Looks at items at one moment. KEYS meta, then bucket and payload bucket of each; ARGV epoch, the
 ids. Returns status, seq, number of items, then value and extras of each, empty where there are
 none."""
+
+MARK: Final = (
+    _FREEING_GUARD
+    + """
+if meta[2] ~= 'active' then return {'dropping'} end
+if tonumber(meta[3]) < tonumber(ARGV[3]) then return {'behind', meta[3]} end
+local seq = string.format('%.0f', tonumber(meta[3]) + 1)
+call('XADD', KEYS[2], seq .. '-1', 'r', ARGV[2])
+call('HSET', KEYS[1], 'seq', seq, 'erase_seq', seq)
+return {'ok', seq}
+"""
+)
+"""Asks all replicas to erase what is dead by now. The mark is a version of its own: once all have
+it safe in their files, the log holds nothing that was written before. KEYS meta, log; ARGV epoch,
+the mark's log record, a seq that Redis is known to have had. Returns status, seq."""

@@ -23,14 +23,16 @@ from hashlens.errors import (
     PreconditionError,
     UnavailableError,
 )
-from hashlens.types import CollectionInfo, CollectionSpec
+from hashlens.types import CollectionInfo, CollectionSpec, CompactResult
 from search_service.storage import data_dir, layout
 from search_service.storage.catalog import Catalog
 from search_service.storage.collection import Collection
+from search_service.storage.compactor import Compactor, Policy
 from search_service.storage.embedded import EmbeddedRedis
 from search_service.storage.follower import Follower
 from search_service.storage.keys import Meta, foreign
 from search_service.storage.local import LocalCollection
+from search_service.storage.receipts import erase
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,12 @@ class StoreConfig:
     """The longest wait for one reply of Redis, in seconds."""
     discovery_interval_s: float = 2.0
     """How often to look for collections that other processes made or dropped, in seconds."""
+    compaction_share: float = 0.3
+    """Compact a collection when this share of its rows is dead; 0: only when asked."""
+    compaction_min_rows: int = 100_000
+    """And at least so many are."""
+    compaction_mb_per_s: float = 64.0
+    """How fast compaction copies at most, in millions of bytes per second; 0: no limit."""
 
 
 class Store:
@@ -85,6 +93,16 @@ class Store:
         self._foreign_epochs: set[str] = set()
         self._closing = threading.Event()
         self._look = threading.Event()
+        self._compactor = Compactor(
+            self._catalog.eraser,
+            lambda: list(self._collections.values()),
+            Policy(
+                share=config.compaction_share,
+                min_rows=config.compaction_min_rows,
+                bytes_per_s=config.compaction_mb_per_s * 1e6,
+                poll_s=config.discovery_interval_s,
+            ),
+        )
         self._threads = [
             threading.Thread(target=self._discover, name="discover", daemon=True),
             threading.Thread(target=self._checkpoint, name="checkpoint", daemon=True),
@@ -118,6 +136,7 @@ class Store:
             store._load()
             for thread in store._threads:
                 thread.start()
+            store._compactor.start()
             store._resources = resources.pop_all()
             return store
 
@@ -184,6 +203,45 @@ class Store:
             logger.info("listing what is on this replica only: %s", error)
         return [found.info() for _, found in sorted(self._collections.items())]
 
+    def compact(
+        self, name: str, *, wait_for_replicas: bool = False, deadline_s: float = 60.0
+    ) -> CompactResult:
+        """Erase the rows of replaced and deleted items from all replicas and from Redis.
+
+        Parameters
+        ----------
+        name
+            The collection's.
+        wait_for_replicas
+            Wait, as long as the deadline lets, for the other live replicas, too.
+        deadline_s
+            The longest to wait, in seconds.
+
+        Raises
+        ------
+        NotFoundError
+            There is no such collection.
+        DeadlineError
+            This replica has not done it in time; it goes on.
+        UnavailableError
+            Redis is away.
+        LimitError
+            The local disk is full or broken. The files are as they were.
+        """
+        give_up = time.monotonic() + deadline_s
+        collection = self.get(name, deadline_s=deadline_s)
+        try:
+            return erase(
+                collection,
+                self._compactor,
+                self._catalog.eraser,
+                self._config.data_dir,
+                wait_for_replicas=wait_for_replicas,
+                deadline_s=give_up - time.monotonic(),
+            )
+        except OSError as error:
+            raise LimitError(f"The files of {name} cannot be written anew ({error}).") from error
+
     def drop(self, name: str, *, deadline_s: float = 60.0) -> None:
         """Remove a collection from Redis and from this replica; others follow by themselves.
 
@@ -220,6 +278,7 @@ class Store:
         """End all threads; the files stay as the last checkpoints have them."""
         self._closing.set()
         self._look.set()
+        self._compactor.close()
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
