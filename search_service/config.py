@@ -40,6 +40,13 @@ class SearchConfig(ServerConfig):
         "without reading all codes. A row takes 12 to 16 bytes at 64 bits. 0: none.",
     )
     checkpoint_interval_s: float = setting(30.0, "Longest between checkpoints, in seconds.")
+    compaction_share: float = setting(
+        0.3, "Compact a collection when this share of its rows is dead; 0: only when asked."
+    )
+    compaction_min_rows: int = setting(100_000, "And at least so many are.")
+    compaction_mb_per_s: float = setting(
+        64.0, "How fast compaction copies at most, in MB/s; 0: no limit."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,6 +56,11 @@ class SearchConfig(ServerConfig):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} is at least 1", field=name)
         for name in ("sketch_memory_mb", "index_memory_mb"):
+            if getattr(self, name) < 0:
+                raise InvalidInputError(f"{name} is 0 or more", field=name)
+        if not 0 <= self.compaction_share <= 1:
+            raise InvalidInputError("compaction_share is 0 to 1", field="compaction_share")
+        for name in ("compaction_min_rows", "compaction_mb_per_s"):
             if getattr(self, name) < 0:
                 raise InvalidInputError(f"{name} is 0 or more", field=name)
         if self.checkpoint_interval_s <= 0:

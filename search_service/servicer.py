@@ -42,6 +42,7 @@ from search_service.executor import Executor
 from search_service.images import ImageEncoder
 from search_service.index_keeper import IndexKeeper
 from search_service.items import items_of
+from search_service.maintenance import CompactRpc, Erasures
 from search_service.sketches import Sketches
 from search_service.snapshot import Snapshot
 from search_service.storage.collection import Collection
@@ -61,7 +62,7 @@ _HITS_AT_ONCE = 1000
 _ADVICE = "ask for fewer hits, or leave features out"
 
 
-class SearchServicer(spb_grpc.SearchServiceServicer):
+class SearchServicer(CompactRpc):
     """Answers the RPCs; a `hashlens.rpc.server.Service`.
 
     Parameters
@@ -87,6 +88,8 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         )
         self._together = together(self._engine)
         self._auditor = Auditor(max_audits=config.max_audits)
+        self._erasures = Erasures()
+        self._stack.callback(self._erasures.close)
         self._opening: asyncio.Future[Store] | None = None
         self._store: Store
         self._executor: Executor
@@ -113,6 +116,9 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
             data_dir=config.data_dir,
             redis_url=config.redis_url,
             checkpoint_interval_s=config.checkpoint_interval_s,
+            compaction_share=config.compaction_share,
+            compaction_min_rows=config.compaction_min_rows,
+            compaction_mb_per_s=config.compaction_mb_per_s,
         )
         # Kept, because a signal may end the waiting, but not the opening.
         self._opening = asyncio.ensure_future(asyncio.to_thread(Store.open, store_config))

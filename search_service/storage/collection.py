@@ -93,7 +93,7 @@ class Collection:
         self._meta = Meta(local.spec, local.epoch, local.n_buckets, local.seq, False)
         self._checkpointed_at = time.monotonic()
         self._stopping = threading.Event()
-        self._compacting = threading.Lock()
+        self._rebuilding = threading.Lock()
 
     @property
     def spec(self) -> CollectionSpec:
@@ -316,7 +316,7 @@ class Collection:
         OSError, DataLossError
             See `compaction.compact`.
         """
-        with self._compacting:
+        with self._rebuilding:
             if self.is_lost:
                 raise PreconditionError(self.info().detail)
             done = compact(self._local, Pace(bytes_per_s, self._stopping))
@@ -375,7 +375,7 @@ class Collection:
     def _end(self) -> None:
         self.stop()
         self._follower.join()
-        with self._compacting:
+        with self._rebuilding:
             pass
 
     def _check_writable(self, give_up: float) -> None:
