@@ -10,6 +10,7 @@ import pytest
 
 from hashlens.types import CollectionSpec, FeatureDtype
 from search_service.storage import Collection, Record, Store, StoreConfig
+from tests.support.secrets import files_with, nowhere
 from tests.support.stores import DEADLINE_S, Model, assert_holds, make_records, wait_until
 
 SPEC = CollectionSpec("c", "m", 64, 24, FeatureDtype.F16, 1000)
@@ -17,7 +18,7 @@ SECRETS = {
     "id": b"secret-id-5f1c",
     "payload": b"secret-payload-77ab",
     "tag": b"secret-tag-c0de",
-    "feature": b"secret-feature-9e3d" + bytes(48 - 19),
+    "feature": b"secret-feature-9e3d-is-24-numbers-of-two-bytes!.",
     "code": b"sEcReTc8",
 }
 
@@ -32,25 +33,6 @@ def secret(**changes: object) -> Record:
         (SECRETS["tag"].decode(),),
     )
     return replace(record, **changes)
-
-
-def files_with(directory: Path, secrets: dict[str, bytes]) -> dict[str, set[str]]:
-    """Which files below a directory hold which of the secrets."""
-    found: dict[str, set[str]] = {name: set() for name in secrets}
-    for path in directory.rglob("*"):
-        if path.is_file():
-            try:
-                data = path.read_bytes()
-            except FileNotFoundError:
-                continue
-            for name, content in secrets.items():
-                if content.rstrip(b"\0") in data:
-                    found[name].add(str(path.relative_to(directory)))
-    return found
-
-
-def nowhere(directory: Path, secrets: dict[str, bytes]) -> bool:
-    return not any(files_with(directory, secrets).values())
 
 
 @pytest.fixture
