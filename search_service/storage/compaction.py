@@ -49,7 +49,8 @@ class OldFile:
 
     path: Path
     length_bytes: int
-    inode: int
+    identity: tuple[int, int]
+    """Inode and time of the last change: the number alone may have been given to another file."""
     mappings: Mappings
     """Of this process."""
 
@@ -62,7 +63,7 @@ class OldFile:
         if len(self.mappings) or self.path.exists():
             return False
         others = self.path.parent.parent.glob(f"*/{self.path.name}")
-        return not any(other.stat().st_ino == self.inode for other in others)
+        return not any(_identity(other) == self.identity for other in others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +197,7 @@ class _Copy:
         held = _names_with_dead_rows(local, first)
         old = local.switch(arrays, self._table, first.seq, self._catch_up)
         files = [
-            OldFile(file.path, file.length, file.path.stat().st_ino, file.mappings)
+            OldFile(file.path, file.length, _identity(file.path), file.mappings)
             for file in old.files(held)
         ]
         # With it go the mappings that nobody uses.
@@ -285,6 +286,14 @@ class _Copy:
             file.sync()
         self._arrays.retire(unsynced)
         self._unsynced_bytes = 0
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_ino, found.st_mtime_ns
 
 
 def _names_with_dead_rows(local: LocalCollection, first: Prefix) -> set[str]:

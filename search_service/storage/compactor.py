@@ -139,7 +139,10 @@ class Compactor:
             nothing = Compacted(collection.erased_seq, 0, 0, ())
             ask.future.set_result(self._last.get(collection.epoch, nothing))
         except Exception as error:
-            ask.future.set_exception(error)
+            if not isinstance(error, HashlensError | OSError):
+                logger.exception("the compaction of %s failed", collection.spec.name)
+            # Its frames would live as long as the future, and with them mappings of old files.
+            ask.future.set_exception(error.with_traceback(None))
         with self._changed:
             self._asks.remove(ask)
 

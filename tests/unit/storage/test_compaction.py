@@ -49,7 +49,7 @@ def generations(directory: Path) -> set[int | None]:
     return {layout.generation_of(name) for name in names(directory)} - {None}
 
 
-@pytest.mark.parametrize("n_bits", [1, 64, 100, 512])
+@pytest.mark.parametrize("n_bits", [1, 100, 512])
 @pytest.mark.parametrize(("dim", "dtype"), [(0, "f16"), (3, "f16"), (5, "f32")])
 @pytest.mark.usefixtures("small_blocks")
 def test_what_is_alive_stays_in_its_order(
@@ -120,14 +120,14 @@ def test_writing_and_reading_go_on(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     try:
-        for _ in range(5):
+        for _ in range(3):
             version = local.seq
             assert compact(local, pace()).erased_seq >= version
     finally:
         stop.set()
         for thread in threads:
             thread.join()
-    assert local.generation == 5
+    assert local.generation == 3
     assert contents(local.snapshot) == model.items
     checked = [snapshot for snapshot in snapshots if snapshot.version in seen]
     assert len({snapshot.table_id for snapshot in checked}) > 1
@@ -366,3 +366,17 @@ def flip(path: Path, offset: int) -> None:
         byte = file.read(1)
         file.seek(offset)
         file.write(bytes([byte[0] ^ 64]))
+
+
+def test_what_others_are_copying_is_not_gone(tmp_path: Path) -> None:
+    local, model = make(tmp_path), Model()
+    history(local, model, 3)
+    lease = tmp_path / ".lease-1"
+    lease.mkdir()
+    (lease / "ids-0.bin").hardlink_to(tmp_path / "c" / "ids-0.bin")
+    done = compact(local, pace())
+    left = [file.path.name for file in done.files if not file.is_gone]
+    assert left == ["ids-0.bin"]
+    (lease / "ids-0.bin").unlink()
+    assert all(file.is_gone for file in done.files)
+    local.close()
