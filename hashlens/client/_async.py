@@ -28,6 +28,7 @@ from hashlens.types import (
     Item,
     ModelInfo,
     Query,
+    ReplicaInfo,
     SearchOptions,
     SearchResult,
     ServiceHealth,
@@ -183,6 +184,18 @@ class AsyncClient:
         request = spb.GetCollectionRequest(name=name, min_version=self._wire.version_of(name))
         reply = await self._call(self._search.GetCollection, request, deadline_s)
         return self._wire.seen(convert.info_from_proto(reply.collection))
+
+    async def replicas(self, name: str, *, deadline_s: float | None = None) -> list[ReplicaInfo]:
+        """Return all replicas of a collection that Redis knows, by id.
+
+        Raises
+        ------
+        UnavailableError
+            Redis is away.
+        """
+        request = spb.GetCollectionRequest(name=name, with_replicas=True)
+        reply = await self._call(self._search.GetCollection, request, deadline_s)
+        return [convert.replica_from_proto(info) for info in reply.replicas]
 
     async def collections(self, *, deadline_s: float | None = None) -> list[CollectionInfo]:
         """Return the state of all collections, by name."""

@@ -13,15 +13,12 @@ from hashlens.convert.collection import (
     info_to_proto,
     item_from_proto,
     item_to_proto,
+    replica_from_proto,
+    replica_to_proto,
     spec_from_proto,
     spec_to_proto,
 )
-from hashlens.convert.compact import (
-    compact_from_proto,
-    compact_to_proto,
-    replica_from_proto,
-    replica_to_proto,
-)
+from hashlens.convert.compact import compact_from_proto, compact_to_proto
 from hashlens.convert.embedding import (
     code_from_proto,
     dtype_from_proto,

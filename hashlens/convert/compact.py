@@ -1,33 +1,10 @@
-"""Replicas and erasures of `search_service.proto`."""
+"""Erasures of `search_service.proto`."""
 
 from __future__ import annotations
 
-from hashlens.types import CompactResult, ErasedFile, ReplicaInfo
+from hashlens.convert.collection import replica_from_proto, replica_to_proto
+from hashlens.types import CompactResult, ErasedFile
 from hashlens.v1 import search_service_pb2 as spb
-
-
-def replica_to_proto(info: ReplicaInfo) -> spb.ReplicaInfo:
-    """Return the wire form."""
-    return spb.ReplicaInfo(
-        id=info.id,
-        address=info.address,
-        checkpoint_version=info.checkpoint_version,
-        erased_version=info.erased_version,
-        silent_ms=info.silent_ms,
-        live=info.live,
-    )
-
-
-def replica_from_proto(message: spb.ReplicaInfo) -> ReplicaInfo:
-    """Return the value."""
-    return ReplicaInfo(
-        id=message.id,
-        address=message.address,
-        checkpoint_version=message.checkpoint_version,
-        erased_version=message.erased_version,
-        silent_ms=message.silent_ms,
-        live=message.live,
-    )
 
 
 def compact_to_proto(result: CompactResult) -> spb.CompactResponse:

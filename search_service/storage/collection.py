@@ -14,6 +14,7 @@ from hashlens.errors import (
     DeadlineError,
     HashlensError,
     InvalidInputError,
+    LimitError,
     OverloadedError,
     PreconditionError,
     UnavailableError,
@@ -27,6 +28,7 @@ from hashlens.types import (
     CollectionInfo,
     CollectionSpec,
     DeleteResult,
+    ReplicaInfo,
 )
 from search_service.snapshot import Snapshot
 from search_service.storage import layout
@@ -35,10 +37,11 @@ from search_service.storage.compaction import Compacted, Pace, compact
 from search_service.storage.failpoints import reach
 from search_service.storage.follower import Follower
 from search_service.storage.keys import Meta
+from search_service.storage.leases import Lease, Leases
 from search_service.storage.local import LocalCollection
 from search_service.storage.packed_records import packed_records
 from search_service.storage.records import Record
-from search_service.storage.replicas import Identity, Replicas
+from search_service.storage.replicas import Identity, LogLimits, Replicas
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +64,10 @@ class Collection:
         Where writes go.
     follower
         Applies what Redis has acknowledged; `start` starts it.
-    replica_id
-        Under which the log is kept for this replica.
-    log_budget_bytes
-        How much of the log is kept for slower replicas.
+    replica
+        This one, for which the log is kept.
+    limits
+        How long it is kept for others.
     durability
         Returns what Redis does before it acknowledges.
     """
@@ -75,15 +78,15 @@ class Collection:
         catalog: Catalog,
         follower: Follower,
         *,
-        replica_id: str,
-        log_budget_bytes: int,
+        replica: Identity,
+        limits: LogLimits,
         durability: Callable[[], str],
     ) -> None:
         self._local = local
         self._catalog = catalog
         self._follower = follower
-        self._replica_id = replica_id
-        self._log_budget_bytes = log_budget_bytes
+        self._replica = replica
+        self._limits = limits
         self._durability = durability
         self._code_bytes = codes.n_bytes(local.spec.n_bits)
         self._feature_bytes = layout.feature_bytes(local.spec)
@@ -94,6 +97,16 @@ class Collection:
         self._checkpointed_at = time.monotonic()
         self._stopping = threading.Event()
         self._rebuilding = threading.Lock()
+        self._note = ""
+        self._successor: Collection | None = None
+
+    @property
+    def newest(self) -> Collection:
+        """What took its place when its files were replaced; until then, itself."""
+        found = self
+        while found._successor is not None:
+            found = found._successor
+        return found
 
     @property
     def spec(self) -> CollectionSpec:
@@ -114,6 +127,61 @@ class Collection:
     def is_lost(self) -> bool:
         """Whether the local files are not all there is, and the log cannot mend that."""
         return self._follower.is_lost
+
+    @property
+    def needs_files(self) -> bool:
+        """Whether it is lost, and other files are being looked for."""
+        return self._follower.needs_files
+
+    @property
+    def is_diverged(self) -> bool:
+        """Whether the local files have writes that Redis has others for."""
+        return self._follower.is_diverged
+
+    def note(self, what: str) -> None:
+        """Say in `info` what is done about its trouble."""
+        self._note = what
+
+    def succeeded_by(self, collection: Collection) -> None:
+        """Let those who wait for a version wait for it there."""
+        self._successor = collection
+
+    def hello(self, deadline_s: float) -> None:
+        """Tell the other replicas that this one is alive; raises as `catalog.ReplicaList`."""
+        self._catalog.replicas.hello(self._meta, self._replica, self._local.erased_seq, deadline_s)
+
+    def replicas(self, deadline_s: float) -> list[ReplicaInfo]:
+        """Return all replicas, by id; raises as `catalog.ReplicaList`."""
+        return self.look(deadline_s).infos
+
+    def look(self, deadline_s: float) -> Replicas:
+        """Return all replicas and where the log begins; raises as `catalog.ReplicaList`."""
+        return self._catalog.replicas.look(self._meta, deadline_s, silence_s=self._limits.silence_s)
+
+    def lend(self, leases: Leases, min_version: int) -> Lease:
+        """Lend the files to a replica that copies them, with a checkpoint first if need be.
+
+        Raises
+        ------
+        UnavailableError
+            The files are not that new, or this replica needs others itself.
+        OverloadedError
+            There are too many leases.
+        LimitError
+            The disk is full or broken.
+        """
+        if self.is_lost:
+            raise UnavailableError(f"This replica of {self.spec.name} has no place in the log.")
+        try:
+            if self._local.checkpoint_seq < min_version:
+                self.checkpoint()
+            if self._local.checkpoint_seq < min_version:
+                raise UnavailableError(
+                    f"This replica of {self.spec.name} has only version {self._local.seq}."
+                )
+            return leases.grant(self._local)
+        except OSError as error:
+            raise LimitError(f"The files cannot be lent ({error}).") from error
 
     def snapshot(self) -> Snapshot:
         """Return the newest version; cheap, takes no lock, needs no Redis."""
@@ -143,8 +211,8 @@ class Collection:
             checkpoint_version=self._local.checkpoint_seq,
             durability="unknown" if away else self._durability(),
             writable=trouble is None,
-            detail=self._checkpoint_trouble if trouble is None else trouble.message,
-            replica_id=self._replica_id,
+            detail=self._checkpoint_trouble if trouble is None else self._explained(trouble),
+            replica_id=self._replica.id,
             n_missing_features=self._local.n_missing_features,
             erased_version=self._local.erased_seq,
         )
@@ -255,10 +323,12 @@ class Collection:
         try:
             self._catalog.trim(
                 self._meta,
-                self._replica_id,
+                self._replica.id,
                 seq,
-                max(int(self._log_budget_bytes / self._follower.mean_bytes), 1),
+                max(int(self._limits.budget_bytes / self._follower.mean_bytes), 1),
                 deadline_s=_TRIM_S,
+                silence_s=self._limits.silence_s,
+                forget_s=self._limits.forget_s,
             )
         except HashlensError as error:
             logger.info("the log of %s is not trimmed: %s", self.spec.name, error)
@@ -292,10 +362,6 @@ class Collection:
         self._follower.saw(seq)
         return seq
 
-    def replicas(self, deadline_s: float) -> Replicas:
-        """Return all replicas that Redis knows; raises as `ask_to_erase`."""
-        return self._catalog.replicas.look(self._meta, deadline_s)
-
     def compact(self, bytes_per_s: float = 0) -> Compacted:
         """Write the local files anew without the rows of replaced and deleted items.
 
@@ -321,21 +387,11 @@ class Collection:
                 raise PreconditionError(self.info().detail)
             done = compact(self._local, Pace(bytes_per_s, self._stopping))
         self.checkpoint()
-        self.announce_erased()
+        if self._follower.trouble is None:
+            # The next hello tells it, too; this one does so at once.
+            with contextlib.suppress(HashlensError):
+                self.hello(_TRIM_S)
         return done
-
-    def announce_erased(self) -> bool:
-        """Tell Redis what is erased here; return whether it knows now."""
-        if self._follower.trouble is not None:
-            return False
-        try:
-            self._catalog.replicas.hello(
-                self._meta, Identity(self._replica_id), self.erased_seq, _TRIM_S
-            )
-        except HashlensError as error:
-            logger.info("what %s has erased is not known: %s", self.spec.name, error)
-            return False
-        return True
 
     def stop_compacting(self) -> None:
         """End a compaction that is under way, and all later ones at once."""
@@ -386,9 +442,16 @@ class Collection:
             trouble = self._follower.trouble
         if trouble is None or self.is_foreign:
             return
-        if self._follower.is_lost:
+        if self.needs_files:
+            raise UnavailableError(self._explained(trouble))
+        if self.is_lost:
             raise PreconditionError(trouble.message)
         raise type(trouble)(trouble.message)
+
+    def _explained(self, trouble: HashlensError) -> str:
+        """Return what is wrong, and what is done about it."""
+        note = self._note if self.needs_files else ""
+        return f"{trouble.message} {note}".rstrip()
 
     def _keep_up(self, give_up: float) -> None:
         """Wait until the log is not far ahead of the files: Redis holds it in memory until then."""

@@ -76,7 +76,6 @@ class Compactor:
         self._running: Collection | None = None
         self._closing = False
         self._retry_at_s: dict[str, float] = {}
-        self._announced: dict[str, int] = {}
         self._last: dict[str, Compacted] = {}
         self._thread = threading.Thread(target=self._run, name="compact", daemon=True)
 
@@ -147,7 +146,7 @@ class Compactor:
             self._asks.remove(ask)
 
     def _due(self) -> list[Collection]:
-        """Return what is to be compacted, and let Redis know what was."""
+        """Return what is to be compacted."""
         collections = [one for one in self._collections() if not one.is_lost]
         asked: dict[str, tuple[str, int]] = {}
         with contextlib.suppress(HashlensError):
@@ -160,11 +159,6 @@ class Compactor:
             is_asked = collection.erased_seq < wanted <= collection.snapshot().version
             if is_asked or self._policy.is_due(collection):
                 due.append(collection)
-            elif (
-                self._announced.get(collection.epoch, 0) < wanted <= collection.erased_seq
-                and collection.announce_erased()
-            ):
-                self._announced[collection.epoch] = wanted
         now_s = time.monotonic()
         return [one for one in due if self._retry_at_s.get(one.epoch, -math.inf) <= now_s]
 

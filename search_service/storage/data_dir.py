@@ -59,8 +59,8 @@ def discard(directory: Path) -> None:
 
 
 def clean(parent: Path) -> None:
-    """Delete what an interrupted `LocalCollection.create` or `discard` left behind."""
-    for pattern in (".new-*", ".trash-*"):
+    """Delete what an interrupted `LocalCollection.create`, `lend` or `discard` left behind."""
+    for pattern in (".new-*", ".trash-*", ".lease-*"):
         for path in parent.glob(pattern):
             shutil.rmtree(path)
 

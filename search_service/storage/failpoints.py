@@ -45,6 +45,11 @@ NAMES: Final[frozenset[str]] = frozenset(
         "rebuild.scan",
         "rebuild.write",
         "rebuild.rename",
+        # Files are copied from another replica.
+        "copy.begin",
+        "copy.part",
+        "copy.verify",
+        "copy.rename",
         # A collection comes or goes.
         "create.manifest",
         "create.rename",

@@ -53,6 +53,7 @@ _RECORD = struct.Struct("<BHII")
 _EXTRAS = struct.Struct("<QH")
 _GENERATION = re.compile(r"(?:codes|rows|ids|payloads|tags|dead|features)-(\d+)\..+")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+_FILE = re.compile(r"[a-z]{2,16}-[0-9]{1,9}(\.[a-z0-9]{1,12}){1,2}")
 _BUCKET_ENTRIES = 128
 _MAX_BUCKETS = 1 << 24
 _MAX_SEGMENT_ROWS = 1 << 17
@@ -81,6 +82,11 @@ class LogRecord(NamedTuple):
 def is_safe_name(name: str) -> bool:
     """Tell whether a name may become a directory and a part of Redis keys."""
     return _NAME.fullmatch(name) is not None
+
+
+def is_safe_file(name: str) -> bool:
+    """Tell whether a name may be that of a file of rows, and leads to nowhere else."""
+    return _FILE.fullmatch(name) is not None
 
 
 def pack_put(item_id: bytes, code: bytes, extras: bytes, feature: bytes | memoryview) -> bytes:

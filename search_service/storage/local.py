@@ -7,6 +7,7 @@ whoever makes a checkpoint does not stop the other two.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import threading
 import uuid
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hashlens import codes
-from hashlens.errors import CancelledError, DataLossError, DeadlineError
+from hashlens.errors import CancelledError, DataLossError, DeadlineError, UnavailableError
 from hashlens.types import CollectionSpec
 from search_service.snapshot import Snapshot
 from search_service.storage import data_dir, layout, manifest
@@ -58,6 +59,8 @@ class LocalCollection:
         self._bytes_since_checkpoint = 0
         self._failed_sync = ""
         self._closed = False
+        # Files that take the place of others may have other rows under the same generation.
+        self._load_id = uuid.uuid4().hex
         self._lock = threading.Lock()
         self._checkpoint_lock = threading.Lock()
         self._published = threading.Condition()
@@ -375,6 +378,34 @@ class LocalCollection:
             self.check_disk()
             return old
 
+    def lend(self, directory: Path) -> Manifest:
+        """Give the files of the last checkpoint second names in a new directory.
+
+        They stay readable under those whatever becomes of the collection. What is appended to them
+        meanwhile lies beyond what the manifest counts.
+
+        Raises
+        ------
+        UnavailableError
+            The collection is closed.
+        DataLossError
+            The manifest is damaged.
+        OSError
+            The disk is full or broken. Nothing is left behind.
+        """
+        with self._checkpoint_lock:
+            if self._closed:
+                raise UnavailableError(f"{self.spec.name} is closed.")
+            loaded = manifest.read(self.directory)
+            directory.mkdir()
+            try:
+                for name in (manifest.MANIFEST, *loaded.files):
+                    os.link(self.directory / name, directory / name)
+            except BaseException:
+                shutil.rmtree(directory, ignore_errors=True)
+                raise
+            return loaded
+
     def close(self) -> None:
         """Give the descriptors back; snapshots that are in use stay valid."""
         with self._checkpoint_lock, self._lock:
@@ -448,7 +479,7 @@ class LocalCollection:
             dead=dead,
             has_feature=table.has_feature_flags(),
             model_id=self.spec.model_id,
-            table_id=f"{self.epoch}/{self.generation}",
+            table_id=f"{self.epoch}/{self.generation}/{self._load_id}",
         )
 
 

@@ -80,7 +80,15 @@ def read(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     try:
-        body = json.loads(path.read_bytes())
+        return parse(path.read_bytes(), path)
+    except OSError as error:
+        raise DataLossError(f"{path} cannot be read: {error!r}") from error
+
+
+def parse(data: bytes, path: Path) -> Manifest:
+    """Return the manifest that a file's bytes are; raises as `read`, `path` for the message."""
+    try:
+        body = json.loads(data)
         if body.pop("checksum") != _checksum(body):
             raise DataLossError(f"{path} does not match its checksum")
         if body.pop("format") != layout.FORMAT_VERSION:
@@ -92,7 +100,7 @@ def read(directory: Path) -> Manifest:
         spec["feature_dtype"] = FeatureDtype(spec["feature_dtype"])
         files = {name: FileState(**state) for name, state in body.pop("files").items()}
         return Manifest(spec=CollectionSpec(**spec), files=files, **body)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataLossError(f"{path} cannot be read: {error!r}") from error
 
 

@@ -97,7 +97,7 @@ def erase(
 
 def _look(collection: Collection, give_up: float) -> tuple[int, tuple[ReplicaInfo, ...]]:
     """Return the first version in the log, and all replicas."""
-    found = collection.replicas(max(give_up - time.monotonic(), _ANSWER_S))
+    found = collection.look(max(give_up - time.monotonic(), _ANSWER_S))
     return found.seq + 1 if found.first is None else found.first, tuple(found.infos)
 
 

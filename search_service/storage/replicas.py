@@ -30,6 +30,18 @@ class Identity:
     """host:port where others reach it; empty if they cannot."""
 
 
+@dataclass(frozen=True, slots=True)
+class LogLimits:
+    """How long the log is kept for others."""
+
+    budget_bytes: int
+    """Most bytes for slower replicas."""
+    silence_s: float = SILENCE_S
+    """It waits for a replica that was silent for at most so long, in seconds."""
+    forget_s: float = FORGET_S
+    """A replica that was silent for longer is forgotten, in seconds."""
+
+
 class Replicas(NamedTuple):
     """All replicas of a collection, as Redis knows them."""
 
