@@ -29,13 +29,12 @@ from hashlens.types import (
     Rank,
     ReplicaInfo,
     SearchOptions,
-    SearchResult,
 )
 from hashlens.v1 import replica_service_pb2_grpc as rpb_grpc
 from hashlens.v1 import search_service_pb2 as spb
 from hashlens.v1 import search_service_pb2_grpc as spb_grpc
 from search_service import checks, writes
-from search_service.answers import Answerer, together
+from search_service.answers import Answerer, reply_of, together
 from search_service.audit import Auditor, check_auditable
 from search_service.ball_stream import Ball, BallStreamer
 from search_service.config import SearchConfig
@@ -61,9 +60,6 @@ _WILDCARDS = ("0.0.0.0", "[::]", "::", "*")
 
 _LOOKUP_S = 2.0
 """Longest that a listing waits for Redis; without it, it lists what is on this replica."""
-
-_HITS_AT_ONCE = 1000
-"""Hits that are converted in the event loop, a few milliseconds; more go to a thread."""
 
 _ADVICE = "ask for fewer hits, or leave features out"
 
@@ -308,7 +304,7 @@ class SearchServicer(CompactRpc):
         self._check_fits(1, snapshot, options)
         answerer = self._answerer(collection, snapshot, options, ends_s)
         result = await answerer.answer(query, await answerer.meanings(), field="query")
-        reply = await _to_proto(result, spec.n_bits, packed=options.packed)
+        reply = await reply_of(result, spec.n_bits, packed=options.packed)
         reply.receipt.timings.wait_version_ns = wait_ns
         reply.receipt.timings.total_ns = time.monotonic_ns() - started_ns
         check_size(reply.ByteSize(), self._config.max_message_bytes, _ADVICE)
@@ -345,7 +341,7 @@ class SearchServicer(CompactRpc):
                 result = await answerer.answer(query, meanings, field=field)
             except HashlensError as error:
                 return spb.SearchBatchResult(error=status_of(error))
-            reply = await _to_proto(result, collection.spec.n_bits, packed=options.packed)
+            reply = await reply_of(result, collection.spec.n_bits, packed=options.packed)
             reply.receipt.timings.wait_version_ns = wait_ns
             reply.receipt.timings.total_ns = time.monotonic_ns() - started_ns
             # Refused as soon as it is too large: what waits then would not be sent.
@@ -514,9 +510,3 @@ class SearchServicer(CompactRpc):
         timings.encode_call_ns = time.monotonic_ns() - asked_ns
         timings.encode.CopyFrom(convert.encode_timings_to_proto(encoded.timings))
         return encoded.embedding.code
-
-
-async def _to_proto(result: SearchResult, n_bits: int, *, packed: bool) -> spb.SearchResponse:
-    if packed or len(result.hits) <= _HITS_AT_ONCE:
-        return convert.result_to_proto(result, n_bits, packed=packed)
-    return await asyncio.to_thread(convert.result_to_proto, result, n_bits)

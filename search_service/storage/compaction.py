@@ -134,20 +134,21 @@ def compact(local: LocalCollection, pace: Pace) -> Compacted:
         The files do not match their checksums, or the disk has lost writes.
     """
     local.check_disk()
+    generation = local.generation
+    _remove_others(local.directory, generation)
     if local.note_erased():
         local.checkpoint()
         return Compacted(local.erased_seq, 0, 0, ())
     # The old table must not be indexed with the new files.
     local.index_ids()
-    generation = local.generation
-    _remove_others(local.directory, generation)
     try:
         reach("compact.begin")
         with contextlib.closing(_Copy(local, pace)) as copy:
             return copy.run()
     except BaseException:
         if local.generation == generation:
-            _remove_others(local.directory, generation)
+            with contextlib.suppress(OSError):  # The next one, or the next start, does it.
+                _remove_others(local.directory, generation)
         raise
 
 
@@ -195,6 +196,7 @@ class _Copy:
             self._catch_up(now)
             self._sync()
         held = _names_with_dead_rows(local, first)
+        erased_before = local.erased_seq
         old = local.switch(arrays, self._table, first.seq, self._catch_up)
         files = [
             OldFile(file.path, file.length, _identity(file.path), file.mappings)
@@ -202,7 +204,13 @@ class _Copy:
         ]
         # With it go the mappings that nobody uses.
         del old
-        _remove_others(local.directory, local.generation)
+        try:
+            _remove_others(local.directory, local.generation)
+        except OSError as error:
+            # The new files count, but nothing is erased before the old ones are gone. Of the error
+            # its text only: whoever keeps it keeps its frames, and with them old mappings.
+            local.erased_seq = erased_before
+            logger.error("old files of %s cannot be removed: %s", local.spec.name, str(error))
         n_erased = 0 if first.dead is None else int(np.count_nonzero(first.dead))
         if self._n_damaged:
             logger.error(
@@ -212,7 +220,7 @@ class _Copy:
             )
         logger.info("compacted %s: %d rows less, %d left", local.spec.name, n_erased, arrays.rows)
         return Compacted(
-            first.seq,
+            local.erased_seq,
             n_erased,
             self._n_damaged,
             tuple(files),
@@ -309,13 +317,9 @@ def _names_with_dead_rows(local: LocalCollection, first: Prefix) -> set[str]:
 
 
 def _remove_others(directory: Path, generation: int) -> None:
-    """Remove the files of all generations but one; those that stay, the next start removes."""
-    try:
-        for path in list(directory.iterdir()):
-            if layout.generation_of(path.name) not in (None, generation):
-                reach("compact.unlink")
-                path.unlink(missing_ok=True)
-        manifest.sync_directory(directory)
-    except OSError as error:
-        # Its text only: whoever keeps the error keeps its frames, and with them old mappings.
-        logger.error("files in %s that do not count cannot be removed: %s", directory, str(error))
+    """Remove the files of all generations but one."""
+    for path in list(directory.iterdir()):
+        if layout.generation_of(path.name) not in (None, generation):
+            reach("compact.unlink")
+            path.unlink(missing_ok=True)
+    manifest.sync_directory(directory)

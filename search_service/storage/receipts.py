@@ -70,13 +70,10 @@ def erase(
         ) from None
     except CancelledError as error:
         raise UnavailableError(error.message) from None
-    # Its own part of the log, which it may have been the last to hold.
-    if collection.checkpoint_seq < seq:
-        collection.checkpoint()
-    first, replicas = _look(collection, give_up)
+    first, replicas = _look(collection, seq, give_up)
     if wait_for_replicas:
-        _poll(lambda: _all_done(*_look(collection, give_up), seq), give_up)
-        first, replicas = _look(collection, give_up)
+        _poll(lambda: _all_done(*_look(collection, seq, give_up), seq), give_up)
+        first, replicas = _look(collection, seq, give_up)
     log_begins_after = first - 1
     rewritten = log_begins_after >= seq - 1 and eraser.rewrite(give_up - time.monotonic())
     _poll(
@@ -95,9 +92,12 @@ def erase(
     )
 
 
-def _look(collection: Collection, give_up: float) -> tuple[int, tuple[ReplicaInfo, ...]]:
-    """Return the first version in the log, and all replicas."""
+def _look(collection: Collection, seq: int, give_up: float) -> tuple[int, tuple[ReplicaInfo, ...]]:
+    """Return the first version in the log, trimmed up to `seq` if it may be, and all replicas."""
     found = collection.look(max(give_up - time.monotonic(), _ANSWER_S))
+    if found.first is not None and found.first < seq:
+        collection.checkpoint()
+        found = collection.look(max(give_up - time.monotonic(), _ANSWER_S))
     return found.seq + 1 if found.first is None else found.first, tuple(found.infos)
 
 

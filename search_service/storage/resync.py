@@ -291,7 +291,8 @@ class Resyncer:
             old = self._newest_quarantined(name) or directory
         generation = 0
         with contextlib.suppress(DataLossError):
-            generation = manifest.read(directory).generation + 1
+            # A compaction that began before may still switch to the next one.
+            generation = manifest.read(directory).generation + 2
         made = rebuild.rebuild(
             directory.parent,
             meta,

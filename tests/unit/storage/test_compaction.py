@@ -219,6 +219,9 @@ def test_files_that_cannot_be_removed_are_not_gone(tmp_path: Path) -> None:
     assert done.n_rows_erased > 0
     assert not any(file.is_gone for file in done.files)
     assert generations(tmp_path / "c") == {0, 1}
+    assert done.erased_seq == local.erased_seq == 0
+    with failpoints.arm("compact.unlink", "eio"), pytest.raises(OSError, match="failpoint"):
+        compact(local, pace())
     history(local, model, 1, seed=1)
     again = compact(local, pace())
     assert all(file.is_gone for file in (*done.files, *again.files))
