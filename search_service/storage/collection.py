@@ -133,11 +133,6 @@ class Collection:
         """Whether it is lost, and other files are being looked for."""
         return self._follower.needs_files
 
-    @property
-    def is_diverged(self) -> bool:
-        """Whether the local files have writes that Redis has others for."""
-        return self._follower.is_diverged
-
     def note(self, what: str) -> None:
         """Say in `info` what is done about its trouble."""
         self._note = what

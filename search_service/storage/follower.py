@@ -43,12 +43,8 @@ class ResyncNeededError(PreconditionError):
     """The log and the local files have no common point from which to go on."""
 
 
-class WentBackError(ResyncNeededError):
+class LostWritesError(ResyncNeededError):
     """Redis has lost writes that are here: an operator decides which of the two is right."""
-
-
-class DivergedError(ResyncNeededError):
-    """Redis has lost writes that are here, and has accepted others since."""
 
 
 class Follower:
@@ -126,12 +122,7 @@ class Follower:
     @property
     def needs_files(self) -> bool:
         """Whether other files are needed; then the thread has ended."""
-        return self.is_lost and not isinstance(self._trouble, WentBackError)
-
-    @property
-    def is_diverged(self) -> bool:
-        """Whether the local files have writes that Redis has others for."""
-        return isinstance(self._trouble, DivergedError)
+        return self.is_lost and not isinstance(self._trouble, LostWritesError)
 
     @property
     def is_foreign(self) -> bool:
@@ -205,10 +196,10 @@ class Follower:
         )
         if position.seq < known_seq:
             self._give_up(
-                f"Redis went back from version {known_seq} to {position.seq}", WentBackError
+                f"Redis went back from version {known_seq} to {position.seq}", LostWritesError
             )
         if position.here is not None and zlib.crc32(position.here) != local.log_crc32:
-            self._give_up(f"Redis has another write as version {local.seq}", DivergedError)
+            self._give_up(f"Redis has another write as version {local.seq}", LostWritesError)
         if local.seq and position.here is None and position.first is not None:
             # Without it nothing shows that the log continues the files.
             self._give_up(f"the log, from version {position.first}, lacks that one")
@@ -272,10 +263,10 @@ class Follower:
 
     def _give_up(self, reason: str, kind: type[ResyncNeededError] = ResyncNeededError) -> NoReturn:
         advice = ""
-        if kind is WentBackError:
+        if kind is LostWritesError:
             advice = (
                 " Bring back the Redis that has them. If restarting the search service does not "
-                "mend it, drop the collection and index again."
+                "mend it, drop the collection and index again, or take this replica's files away."
             )
         raise kind(
             f"This replica's files of {self._local.spec.name} end at version {self._local.seq}, "

@@ -27,7 +27,7 @@ from search_service.storage import manifest, rebuild
 from search_service.storage.catalog import Catalog
 from search_service.storage.collection import Collection
 from search_service.storage.copying import Copy
-from search_service.storage.data_dir import discard, quarantine
+from search_service.storage.data_dir import discard
 from search_service.storage.failpoints import reach
 from search_service.storage.keys import Meta, foreign
 from search_service.storage.manifest import Manifest
@@ -185,7 +185,7 @@ class Resyncer:
         meta = self._catalog.meta(name, self._config.timeout_s)
         if meta is None or meta.epoch != collection.epoch or meta.is_dropping:
             raise PreconditionError(foreign(name, None if meta is None else meta.epoch))
-        if self._is_followable(meta, self._config.directory(name)):
+        if self._is_followable(collection, meta):
             self._replace(collection, lambda: None)
             logger.info("the log of %s goes on from the files that are there", name)
             return
@@ -195,10 +195,17 @@ class Resyncer:
             return
         self._rebuild(collection, meta)
 
-    def _is_followable(self, meta: Meta, directory: Path) -> bool:
-        """Tell whether the log goes on from files after all: a Redis may come and go."""
+    def _is_followable(self, collection: Collection, meta: Meta) -> bool:
+        """Tell whether the log goes on from the old files after all: a Redis may come and go.
+
+        Only if a checkpoint has all that is being searched: loading the files cuts off the rest,
+        which snapshots have mapped.
+        """
         try:
-            self._agree(meta, manifest.read(directory))
+            found = manifest.read(self._config.directory(meta.spec.name))
+            if found.seq != collection.snapshot().version:
+                return False
+            self._agree(meta, found)
         except HashlensError:
             return False
         return True
@@ -272,10 +279,7 @@ class Resyncer:
         directory, draft = self._config.directory(name), self._config.draft(name)
         reach("copy.rename")
         if directory.exists():
-            if collection.is_diverged:
-                quarantine(directory, self._config.quarantine)
-            else:
-                discard(directory)
+            discard(directory)
         reach("copy.rename")
         draft.rename(directory)
         manifest.sync_directory(directory.parent)
@@ -305,13 +309,8 @@ class Resyncer:
             stop=self._stop,
         )
 
-        def put() -> None:
-            if collection.is_diverged and directory.exists():
-                quarantine(directory, self._config.quarantine)
-            rebuild.install(made, directory)
-
         try:
-            self._replace(collection, put)
+            self._replace(collection, lambda: rebuild.install(made, directory))
         finally:
             shutil.rmtree(made.directory, ignore_errors=True)
         shutil.rmtree(self._config.draft(name), ignore_errors=True)
