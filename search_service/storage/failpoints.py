@@ -34,6 +34,22 @@ NAMES: Final[frozenset[str]] = frozenset(
         "checkpoint.trim",
         # A segment of features is full, and the next begins.
         "seal.segment",
+        # The files are written anew without their dead rows.
+        "compact.begin",
+        "compact.copy",
+        "compact.sync",
+        "compact.manifest",
+        "compact.switched",
+        "compact.unlink",
+        # Files are made anew from Redis.
+        "rebuild.scan",
+        "rebuild.write",
+        "rebuild.rename",
+        # Files are copied from another replica.
+        "copy.begin",
+        "copy.part",
+        "copy.verify",
+        "copy.rename",
         # A collection comes or goes.
         "create.manifest",
         "create.rename",
