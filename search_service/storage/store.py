@@ -25,6 +25,7 @@ from hashlens.errors import (
 )
 from hashlens.types import CollectionInfo, CollectionSpec, CompactResult
 from search_service.storage import data_dir, layout
+from search_service.storage.caretaker import Caretaker
 from search_service.storage.catalog import Catalog
 from search_service.storage.collection import Collection
 from search_service.storage.compactor import Compactor, Policy
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 _CHECKPOINT_POLL_S = 0.5
 _LOOKUP_S = 2.0
+_ASIDE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,11 @@ class StoreConfig:
     """And at least so many are."""
     compaction_mb_per_s: float = 64.0
     """How fast compaction copies at most, in millions of bytes per second; 0: no limit."""
+    scrub_mb_per_s: float = 16.0
+    """How fast all files are read and compared with their checksums in the background, in millions
+    of bytes per second; 0: never."""
+    scrub_interval_s: float = 86_400.0
+    """How long after one such reading the next begins, in seconds."""
 
 
 class Store:
@@ -102,6 +109,12 @@ class Store:
                 bytes_per_s=config.compaction_mb_per_s * 1e6,
                 poll_s=config.discovery_interval_s,
             ),
+        )
+        self._caretaker = Caretaker(
+            lambda: list(self._collections.values()),
+            self._put_aside,
+            bytes_per_s=config.scrub_mb_per_s * 1e6,
+            interval_s=config.scrub_interval_s,
         )
         self._threads = [
             threading.Thread(target=self._discover, name="discover", daemon=True),
@@ -137,6 +150,7 @@ class Store:
             for thread in store._threads:
                 thread.start()
             store._compactor.start()
+            store._caretaker.start()
             store._resources = resources.pop_all()
             return store
 
@@ -279,6 +293,7 @@ class Store:
         self._closing.set()
         self._look.set()
         self._compactor.close()
+        self._caretaker.close()
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
@@ -295,11 +310,25 @@ class Store:
         self._directory.mkdir(exist_ok=True)
         data_dir.clean(self._directory)
         for directory in sorted(self._directory.iterdir()):
+            if not layout.is_safe_name(directory.name):
+                logger.warning("%s is not of this service: left alone", directory)
+                continue
             try:
+                if directory.is_symlink() or not directory.is_dir():
+                    raise DataLossError(f"{directory} is not a directory")
                 local = LocalCollection.load(directory)
+            except OSError as error:
+                # It may be whole: too many open files are no reason to put it away.
+                logger.error("%s cannot be opened (%s) and is not served", directory, error)
+                continue
             except DataLossError as error:
-                aside = data_dir.quarantine(directory, self._config.data_dir / "quarantine")
-                logger.error("%s; the files are in %s now", error.message, aside)
+                try:
+                    aside = data_dir.quarantine(directory, self._config.data_dir / "quarantine")
+                except OSError as broken:
+                    # Without it the others are served; with it nobody would be.
+                    logger.error("%s; it cannot be put aside (%s) and is not served", error, broken)
+                    continue
+                logger.error("%s; the files are in %s now", error, aside)
                 continue
             self._serve(local)
 
@@ -347,6 +376,21 @@ class Store:
         logger.info("removing the files of %s, which was dropped", collection.spec.name)
         self._collections.pop(collection.spec.name)
         collection.remove()
+
+    def _put_aside(self, collection: Collection, trouble: str) -> None:
+        """Stop serving a collection whose files cannot be trusted, and have it made anew."""
+        name = collection.spec.name
+        with contextlib.suppress(HashlensError), self._administering(_ASIDE_S):
+            if self._collections.get(name) is not collection:
+                return
+            self._collections.pop(name)
+            collection.abandon()
+            directory = collection.local.directory
+            where = "nowhere"
+            if directory.exists():
+                where = str(data_dir.quarantine(directory, self._config.data_dir / "quarantine"))
+            logger.error("%s is put aside: %s; its files are in %s now", name, trouble, where)
+            self._look.set()
 
     def _settle(self, name: str, give_up: float) -> None:
         """Make sure that what this replica has of a name does not stand in the way of a new one.

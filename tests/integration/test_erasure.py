@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from hashlens.types import CollectionSpec, FeatureDtype
 from search_service.storage import Collection, Record, Store, StoreConfig
-from tests.support.redis_server import RedisServer, server_binaries
 from tests.support.stores import DEADLINE_S, Model, assert_holds, make_records, wait_until
 
 SPEC = CollectionSpec("c", "m", 64, 24, FeatureDtype.F16, 1000)
