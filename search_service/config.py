@@ -40,6 +40,14 @@ class SearchConfig(ServerConfig):
         "without reading all codes. A row takes 12 to 16 bytes at 64 bits. 0: none.",
     )
     checkpoint_interval_s: float = setting(30.0, "Longest between checkpoints, in seconds.")
+    scrub_mb_per_s: float = setting(
+        16.0,
+        "How fast all files are read and compared with their checksums in the background, in "
+        "millions of bytes per second; 0: never.",
+    )
+    scrub_interval_s: float = setting(
+        86_400.0, "How long after one such reading the next begins, in seconds."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,5 +59,7 @@ class SearchConfig(ServerConfig):
         for name in ("sketch_memory_mb", "index_memory_mb"):
             if getattr(self, name) < 0:
                 raise InvalidInputError(f"{name} is 0 or more", field=name)
+        if self.scrub_mb_per_s < 0 or self.scrub_interval_s <= 0:
+            raise InvalidInputError("scrub_mb_per_s is 0 or more, scrub_interval_s above 0")
         if self.checkpoint_interval_s <= 0:
             raise InvalidInputError("checkpoint_interval_s is above 0")

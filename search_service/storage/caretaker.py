@@ -20,6 +20,7 @@ import numpy as np
 from hashlens.errors import CancelledError
 from search_service.storage import layout
 from search_service.storage.collection import Collection
+from search_service.storage.counters import Counters
 from search_service.storage.differences import Differences
 from search_service.storage.file_checks import check_files
 from search_service.storage.local import LocalCollection
@@ -37,6 +38,8 @@ class Caretaker:
 
     Parameters
     ----------
+    counters
+        Told how many rows were read.
     collections
         Returns those of the store.
     put_aside
@@ -49,19 +52,19 @@ class Caretaker:
 
     def __init__(
         self,
+        counters: Counters,
         collections: Callable[[], list[Collection]],
         put_aside: Callable[[Collection, str], None],
         *,
         bytes_per_s: float,
         interval_s: float,
     ) -> None:
+        self._counters = counters
         self._collections = collections
         self._put_aside = put_aside
         self._bytes_per_s = bytes_per_s
         self._interval_s = interval_s
         self._closing = threading.Event()
-        self.n_rows_scrubbed = 0
-        """Features that were read and compared with their checksums."""
         self._threads = [threading.Thread(target=self._watch, name="watch", daemon=True)]
         if bytes_per_s > 0:
             self._threads.append(threading.Thread(target=self._scrub, name="scrub", daemon=True))
@@ -138,7 +141,7 @@ class Caretaker:
                     # What a disk does not give is as bad as what it gives wrong.
                     is_good[len(data) // width :] = False
                     checks.note(rows, is_good)
-                    self.n_rows_scrubbed += len(rows)
+                    self._counters.n_rows_scrubbed += len(rows)
                     if self._closing.wait(len(data) / self._bytes_per_s):
                         raise CancelledError("The store is closing.")
             finally:

@@ -62,6 +62,8 @@ class LocalCollection:
         self._table = table
         self._rows_since_checkpoint = 0
         self._bytes_since_checkpoint = 0
+        self.on_damage: Callable[[int], None] = lambda n: None
+        """Called with how many features were found damaged."""
         self._checks = FeatureChecks(arrays.rows if self.spec.dim else 0, self._note_damage)
         self._failed_sync = ""
         self._closed = False
@@ -457,6 +459,7 @@ class LocalCollection:
             shown,
             ", ..." if len(rows) > _SHOWN_ROWS else "",
         )
+        self.on_damage(len(rows))
 
     def _prefix(self) -> Prefix:
         arrays = self._arrays

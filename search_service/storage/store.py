@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -29,6 +29,7 @@ from search_service.storage.caretaker import Caretaker
 from search_service.storage.catalog import Catalog
 from search_service.storage.collection import Collection
 from search_service.storage.compactor import Compactor, Policy
+from search_service.storage.counters import Counters
 from search_service.storage.embedded import EmbeddedRedis
 from search_service.storage.follower import Follower
 from search_service.storage.keys import Meta, foreign
@@ -110,7 +111,9 @@ class Store:
                 poll_s=config.discovery_interval_s,
             ),
         )
+        self._counters = Counters()
         self._caretaker = Caretaker(
+            self._counters,
             lambda: list(self._collections.values()),
             self._put_aside,
             bytes_per_s=config.scrub_mb_per_s * 1e6,
@@ -215,7 +218,7 @@ class Store:
             self._synchronize(deadline_s)
         except HashlensError as error:
             logger.info("listing what is on this replica only: %s", error)
-        return [found.info() for _, found in sorted(self._collections.items())]
+        return [*self.infos()]
 
     def compact(
         self, name: str, *, wait_for_replicas: bool = False, deadline_s: float = 60.0
@@ -255,6 +258,15 @@ class Store:
             )
         except OSError as error:
             raise LimitError(f"The files of {name} cannot be written anew ({error}).") from error
+
+    def infos(self) -> Sequence[CollectionInfo]:
+        """Describe the collections on this replica, by name; never waits."""
+        return [found.info() for _, found in sorted(self._collections.items())]
+
+    @property
+    def counters(self) -> Counters:
+        """What has happened since the store was opened."""
+        return self._counters
 
     def drop(self, name: str, *, deadline_s: float = 60.0) -> None:
         """Remove a collection from Redis and from this replica; others follow by themselves.
@@ -328,6 +340,7 @@ class Store:
                     # Without it the others are served; with it nobody would be.
                     logger.error("%s; it cannot be put aside (%s) and is not served", error, broken)
                     continue
+                self._counters.n_quarantined += 1
                 logger.error("%s; the files are in %s now", error, aside)
                 continue
             self._serve(local)
@@ -341,6 +354,7 @@ class Store:
             timeout_s=self._config.redis_timeout_s,
             on_change=self._look.set,
         )
+        local.on_damage = self._count_damage
         collection = Collection(
             local,
             self._catalog,
@@ -389,8 +403,12 @@ class Store:
             where = "nowhere"
             if directory.exists():
                 where = str(data_dir.quarantine(directory, self._config.data_dir / "quarantine"))
+            self._counters.n_quarantined += 1
             logger.error("%s is put aside: %s; its files are in %s now", name, trouble, where)
             self._look.set()
+
+    def _count_damage(self, n: int) -> None:
+        self._counters.n_damaged_features += n
 
     def _settle(self, name: str, give_up: float) -> None:
         """Make sure that what this replica has of a name does not stand in the way of a new one.
@@ -475,6 +493,7 @@ class Store:
                     try:
                         collection.checkpoint()
                     except (HashlensError, OSError) as error:
+                        self._counters.n_failed_checkpoints += 1
                         logger.error("no checkpoint of %s: %s", collection.spec.name, error)
 
     @contextlib.contextmanager
