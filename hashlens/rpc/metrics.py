@@ -23,7 +23,7 @@ class _Read(Collector):
         return self._source()
 
     def describe(self) -> Iterable[Metric]:
-        # Said when it is asked for: a registry that asks at once would ask before there is anything.
+        # Not at registration, when there may be nothing to say yet.
         return []
 
 

@@ -107,12 +107,12 @@ def test_a_full_disk_refuses_writes_and_all_comes_back_by_itself(
 
         with pytest.raises(LimitError, match="No space left"):
             write_on()
-        assert not client.collection("photos").writable
         assert process.metrics()['hashlens_collection_writable{collection="photos"}'] == 0
         query = item_of(0).embedding
         options = SearchOptions(k=1)
         # Another client knows of no write that it would wait for.
         with Client(process.target, NOBODY) as reader:
+            assert not reader.collection("photos").writable
             found = reader.search("photos", embedding=query, options=options)
             assert found.hits[0].id == "0000"
 
