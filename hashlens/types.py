@@ -224,6 +224,36 @@ class ReplicaInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class ErasedFile:
+    """A file that held rows of replaced or deleted items."""
+
+    path: str
+    """Below the replica's data directory."""
+    length_bytes: int
+    gone: bool
+    """Whether its bytes are. Those that a search still reads go when that search ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompactResult:
+    """What became of the bytes of replaced and deleted items."""
+
+    version: int
+    """Rows that were dead at this version are gone from the files of the answering replica."""
+    n_rows_erased: int
+    files: tuple[ErasedFile, ...]
+    """Those that held them."""
+    log_begins_after: int
+    """What was written up to here is not in the log in Redis any more."""
+    redis_rewritten: bool
+    """Whether Redis has rewritten its own file since; false where that cannot be told."""
+    replicas: tuple[ReplicaInfo, ...]
+    """All that Redis knows, each with what it has erased."""
+    complete: bool
+    """Whether all of this holds for every live replica and for Redis."""
+
+
+@dataclass(frozen=True, slots=True)
 class Item:
     """What a collection holds: exactly one of `embedding` and `image` when it is written."""
 

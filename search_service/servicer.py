@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from hashlens.errors import (
     UnavailableError,
 )
 from hashlens.rpc.limits import check_size
+from hashlens.rpc.metrics import Metric
 from hashlens.rpc.server import deadline_s
 from hashlens.rpc.status import status_of
 from hashlens.types import (
@@ -29,13 +30,12 @@ from hashlens.types import (
     Rank,
     ReplicaInfo,
     SearchOptions,
-    SearchResult,
 )
 from hashlens.v1 import replica_service_pb2_grpc as rpb_grpc
 from hashlens.v1 import search_service_pb2 as spb
 from hashlens.v1 import search_service_pb2_grpc as spb_grpc
 from search_service import checks, writes
-from search_service.answers import Answerer, together
+from search_service.answers import Answerer, reply_of, together
 from search_service.audit import Auditor, check_auditable
 from search_service.ball_stream import Ball, BallStreamer
 from search_service.config import SearchConfig
@@ -44,12 +44,14 @@ from search_service.executor import Executor
 from search_service.images import ImageEncoder
 from search_service.index_keeper import IndexKeeper
 from search_service.items import items_of
+from search_service.maintenance import CompactRpc, Erasures
 from search_service.replication.client import GrpcPeers
 from search_service.replication.servicer import ReplicaServicer, ServingLimits
 from search_service.sketches import Sketches
 from search_service.snapshot import Snapshot
 from search_service.storage.collection import Collection
 from search_service.storage.store import Store, StoreConfig
+from search_service.store_metrics import store_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +63,10 @@ _WILDCARDS = ("0.0.0.0", "[::]", "::", "*")
 _LOOKUP_S = 2.0
 """Longest that a listing waits for Redis; without it, it lists what is on this replica."""
 
-_HITS_AT_ONCE = 1000
-"""Hits that are converted in the event loop, a few milliseconds; more go to a thread."""
-
 _ADVICE = "ask for fewer hits, or leave features out"
 
 
-class SearchServicer(spb_grpc.SearchServiceServicer):
+class SearchServicer(CompactRpc):
     """Answers the RPCs; a `hashlens.rpc.server.Service`.
 
     Parameters
@@ -93,6 +92,8 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         )
         self._together = together(self._engine)
         self._auditor = Auditor(max_audits=config.max_audits)
+        self._erasures = Erasures()
+        self._stack.callback(self._erasures.close)
         self._replicas = ReplicaServicer(
             ServingLimits(config.max_copies, config.copy_mb_per_s * 2**20)
         )
@@ -130,9 +131,14 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
             data_dir=config.data_dir,
             redis_url=config.redis_url,
             checkpoint_interval_s=config.checkpoint_interval_s,
+            compaction_share=config.compaction_share,
+            compaction_min_rows=config.compaction_min_rows,
+            compaction_mb_per_s=config.compaction_mb_per_s,
             log_budget_bytes=config.log_budget_mb << 20,
             address=self._address,
             replica_silence_s=config.replica_silence_s,
+            scrub_mb_per_s=config.scrub_mb_per_s,
+            scrub_interval_s=config.scrub_interval_s,
         )
         peers = GrpcPeers(config.max_message_bytes)
         # Kept, because a signal may end the waiting, but not the opening.
@@ -148,6 +154,10 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
             ("kernels", time.monotonic() - opened_s),
         ):
             logger.info("ready stage %s: %.3f s", stage, took_s)
+
+    def metrics(self) -> Iterable[Metric]:
+        """Return what Prometheus is told."""
+        return store_metrics(self._store)
 
     async def close(self) -> None:
         """Stop the executor, checkpoint and close the store."""
@@ -302,7 +312,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         self._check_fits(1, snapshot, options)
         answerer = self._answerer(collection, snapshot, options, ends_s)
         result = await answerer.answer(query, await answerer.meanings(), field="query")
-        reply = await _to_proto(result, spec.n_bits, packed=options.packed)
+        reply = await reply_of(result, spec.n_bits, packed=options.packed)
         reply.receipt.timings.wait_version_ns = wait_ns
         reply.receipt.timings.total_ns = time.monotonic_ns() - started_ns
         check_size(reply.ByteSize(), self._config.max_message_bytes, _ADVICE)
@@ -339,7 +349,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
                 result = await answerer.answer(query, meanings, field=field)
             except HashlensError as error:
                 return spb.SearchBatchResult(error=status_of(error))
-            reply = await _to_proto(result, collection.spec.n_bits, packed=options.packed)
+            reply = await reply_of(result, collection.spec.n_bits, packed=options.packed)
             reply.receipt.timings.wait_version_ns = wait_ns
             reply.receipt.timings.total_ns = time.monotonic_ns() - started_ns
             # Refused as soon as it is too large: what waits then would not be sent.
@@ -508,9 +518,3 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         timings.encode_call_ns = time.monotonic_ns() - asked_ns
         timings.encode.CopyFrom(convert.encode_timings_to_proto(encoded.timings))
         return encoded.embedding.code
-
-
-async def _to_proto(result: SearchResult, n_bits: int, *, packed: bool) -> spb.SearchResponse:
-    if packed or len(result.hits) <= _HITS_AT_ONCE:
-        return convert.result_to_proto(result, n_bits, packed=packed)
-    return await asyncio.to_thread(convert.result_to_proto, result, n_bits)

@@ -20,6 +20,7 @@ from hashlens.types import (
     BallPart,
     CollectionInfo,
     CollectionSpec,
+    CompactResult,
     DeleteResult,
     Embedding,
     Encoded,
@@ -208,6 +209,32 @@ class AsyncClient:
             self._search.DropCollection, spb.DropCollectionRequest(name=name), deadline_s
         )
         self._wire.forget(name)
+
+    async def compact(
+        self, collection: str, *, wait_for_replicas: bool = False, deadline_s: float | None = None
+    ) -> CompactResult:
+        """Erase the bytes of replaced and deleted items, and say how far that came.
+
+        Searching and writing go on. Everything that is alive is copied, so allow more time than
+        for a search.
+
+        Parameters
+        ----------
+        collection
+            Its name.
+        wait_for_replicas
+            Also wait, as long as the deadline lets, until all live replicas have done it.
+        deadline_s
+            Time for the call, in seconds; None for the client's.
+
+        Raises
+        ------
+        DeadlineError
+            It was not done in time and goes on; ask again for the receipt.
+        """
+        request = spb.CompactRequest(collection=collection, wait_for_replicas=wait_for_replicas)
+        reply = await self._call(self._search.Compact, request, deadline_s)
+        return convert.compact_from_proto(reply)
 
     async def upsert(
         self,

@@ -18,6 +18,7 @@ from hashlens.convert.collection import (
     spec_from_proto,
     spec_to_proto,
 )
+from hashlens.convert.compact import compact_from_proto, compact_to_proto
 from hashlens.convert.embedding import (
     code_from_proto,
     dtype_from_proto,
@@ -59,6 +60,8 @@ __all__ = [
     "check_collection_name",
     "check_id",
     "code_from_proto",
+    "compact_from_proto",
+    "compact_to_proto",
     "dtype_from_proto",
     "dtype_to_proto",
     "embedding_from_proto",

@@ -19,6 +19,7 @@ from hashlens.errors import (
 from hashlens.types import CollectionSpec
 from search_service.storage import layout, scripts
 from search_service.storage.connection import Caller, run_script
+from search_service.storage.erasure import Eraser
 from search_service.storage.keys import (
     COLLECTIONS,
     DROPPED,
@@ -26,6 +27,7 @@ from search_service.storage.keys import (
     Meta,
     check_status,
     read_meta,
+    restoring,
     text,
 )
 from search_service.storage.replicas import FORGET_S, SILENCE_S, ReplicaList
@@ -77,6 +79,8 @@ class Catalog:
         self._caller = Caller(url, attempt_timeout_s)
         self.replicas = ReplicaList(self._caller)
         """Who follows the logs."""
+        self.eraser = Eraser(self._caller)
+        """Erases from the logs."""
 
     def close(self) -> None:
         """Close all connections."""
@@ -148,6 +152,8 @@ class Catalog:
             self._add_name(spec.name, give_up - time.monotonic())
             reply = self._script(scripts.CREATE, [keys.meta], arguments, give_up - time.monotonic())
             meta = read_meta(spec.name, dict(zip(reply[::2], reply[1::2], strict=True)))
+            if meta.is_restoring:
+                raise PreconditionError(restoring(spec.name))
             if not meta.is_dropping:
                 self._add_name(spec.name, give_up - time.monotonic())
                 return meta

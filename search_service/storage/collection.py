@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ from hashlens.types import (
 from search_service.snapshot import Snapshot
 from search_service.storage import layout
 from search_service.storage.catalog import Catalog, Raw
+from search_service.storage.compaction import Compacted, Pace, compact
 from search_service.storage.failpoints import reach
 from search_service.storage.follower import Follower
 from search_service.storage.keys import Meta
@@ -39,7 +41,7 @@ from search_service.storage.leases import Lease, Leases
 from search_service.storage.local import LocalCollection
 from search_service.storage.packed_records import packed_records
 from search_service.storage.records import Record
-from search_service.storage.replicas import Identity, LogLimits
+from search_service.storage.replicas import Identity, LogLimits, Replicas
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +95,8 @@ class Collection:
         """About the last write of this replica's own callers."""
         self._meta = Meta(local.spec, local.epoch, local.n_buckets, local.seq, False)
         self._checkpointed_at = time.monotonic()
+        self._stopping = threading.Event()
+        self._rebuilding = threading.Lock()
         self._note = ""
         self._successor: Collection | None = None
 
@@ -103,6 +107,11 @@ class Collection:
         while found._successor is not None:
             found = found._successor
         return found
+
+    @property
+    def local(self) -> LocalCollection:
+        """Its files."""
+        return self._local
 
     @property
     def spec(self) -> CollectionSpec:
@@ -143,10 +152,11 @@ class Collection:
 
     def replicas(self, deadline_s: float) -> list[ReplicaInfo]:
         """Return all replicas, by id; raises as `catalog.ReplicaList`."""
-        found = self._catalog.replicas.look(
-            self._meta, deadline_s, silence_s=self._limits.silence_s
-        )
-        return found.infos
+        return self.look(deadline_s).infos
+
+    def look(self, deadline_s: float) -> Replicas:
+        """Return all replicas and where the log begins; raises as `catalog.ReplicaList`."""
+        return self._catalog.replicas.look(self._meta, deadline_s, silence_s=self._limits.silence_s)
 
     def lend(self, leases: Leases, min_version: int) -> Lease:
         """Lend the files to a replica that copies them, with a checkpoint first if need be.
@@ -190,7 +200,7 @@ class Collection:
     def info(self) -> CollectionInfo:
         """Describe it as this replica sees it; needs no Redis."""
         snapshot = self._local.snapshot
-        trouble = self._follower.trouble or self._follower.refusal
+        trouble = self._follower.trouble or self._follower.refusal or self._local.disk_trouble()
         away = isinstance(trouble, UnavailableError)
         return CollectionInfo(
             spec=self.spec,
@@ -324,6 +334,69 @@ class Collection:
             logger.info("the log of %s is not trimmed: %s", self.spec.name, error)
         return seq
 
+    @property
+    def checkpoint_seq(self) -> int:
+        """Everything up to this write is safe in the local files."""
+        return self._local.checkpoint_seq
+
+    @property
+    def erased_seq(self) -> int:
+        """Rows that were dead at this write are in none of the local files."""
+        return self._local.erased_seq
+
+    def ask_to_erase(self, deadline_s: float) -> int:
+        """Ask all replicas to erase what is dead by now; return the version that this is.
+
+        Raises
+        ------
+        PreconditionError, NotFoundError
+            Redis and this replica do not hold the same collection.
+        UnavailableError
+            Redis is away.
+        """
+        give_up = time.monotonic() + deadline_s
+        self._check_writable(give_up)
+        seq = self._catalog.eraser.ask(
+            self._meta, self._follower.known_seq, give_up - time.monotonic()
+        )
+        self._follower.saw(seq)
+        return seq
+
+    def compact(self, bytes_per_s: float = 0) -> Compacted:
+        """Write the local files anew without the rows of replaced and deleted items.
+
+        Searching and writing go on. Another call meanwhile waits and goes over the files again.
+        Redis is told, if it is there, and the log is trimmed.
+
+        Parameters
+        ----------
+        bytes_per_s
+            Most bytes that are copied per second; 0 for no limit.
+
+        Raises
+        ------
+        CancelledError
+            The collection was closed or dropped.
+        PreconditionError
+            The local files are not all there is; they are kept as they are.
+        OSError, DataLossError
+            See `compaction.compact`.
+        """
+        with self._rebuilding:
+            if self.is_lost:
+                raise PreconditionError(self.info().detail)
+            done = compact(self._local, Pace(bytes_per_s, self._stopping))
+        self.checkpoint()
+        if self._follower.trouble is None:
+            # The next hello tells it, too; this one does so at once.
+            with contextlib.suppress(HashlensError):
+                self.hello(_TRIM_S)
+        return done
+
+    def stop_compacting(self) -> None:
+        """End a compaction that is under way, and all later ones at once."""
+        self._stopping.set()
+
     def checkpoint_is_due(self, *, interval_s: float, rows: int, n_bytes: int) -> bool:
         """Tell whether enough has been applied, or long enough ago."""
         if self._local.seq == self._local.checkpoint_seq:
@@ -337,27 +410,38 @@ class Collection:
         self._follower.start()
 
     def stop(self) -> None:
-        """Ask the follower to end; `close` and `remove` wait for it."""
+        """Ask all that is under way to end; `close` and `remove` wait for it."""
+        self.stop_compacting()
         self._follower.stop()
 
     def close(self) -> None:
         """End, with a last checkpoint. Snapshots that are in use stay valid."""
-        self._follower.stop()
-        self._follower.join()
+        self._end()
         try:
             self.checkpoint()
         except (OSError, HashlensError) as error:
             logger.warning("no last checkpoint of %s: %s", self.spec.name, error)
         self._local.close()
 
+    def abandon(self) -> None:
+        """End, and leave the local files as they are: they cannot be trusted."""
+        self._end()
+        self._local.close()
+
     def remove(self) -> None:
         """End, and delete the local files. Snapshots that are in use stay valid."""
-        self._follower.stop()
-        self._follower.join()
+        self._end()
         self._local.remove()
+
+    def _end(self) -> None:
+        self.stop()
+        self._follower.join()
+        with self._rebuilding:
+            pass
 
     def _check_writable(self, give_up: float) -> None:
         """Refuse what could not be applied here; the rest is for Redis to say."""
+        self._local.check_disk()
         trouble = self._follower.trouble
         while isinstance(trouble, UnavailableError) and time.monotonic() < give_up:
             self._follower.wait_settled(min(give_up - time.monotonic(), _LOOK_S))

@@ -27,9 +27,9 @@ from search_service.storage import manifest, rebuild
 from search_service.storage.catalog import Catalog
 from search_service.storage.collection import Collection
 from search_service.storage.copying import Copy
+from search_service.storage.data_dir import discard
 from search_service.storage.failpoints import reach
 from search_service.storage.keys import Meta, foreign
-from search_service.storage.local import discard
 from search_service.storage.manifest import Manifest
 from search_service.storage.peers import Peers
 from search_service.storage.replicas import Identity
@@ -295,7 +295,8 @@ class Resyncer:
             old = self._newest_quarantined(name) or directory
         generation = 0
         with contextlib.suppress(DataLossError):
-            generation = manifest.read(directory).generation + 1
+            # A compaction that began before may still switch to the next one.
+            generation = manifest.read(directory).generation + 2
         made = rebuild.rebuild(
             directory.parent,
             meta,

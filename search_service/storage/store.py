@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -24,16 +24,20 @@ from hashlens.errors import (
     PreconditionError,
     UnavailableError,
 )
-from hashlens.types import CollectionInfo, CollectionSpec, ReplicaInfo
+from hashlens.types import CollectionInfo, CollectionSpec, CompactResult, ReplicaInfo
 from search_service.storage import data_dir, layout
+from search_service.storage.caretaker import Caretaker
 from search_service.storage.catalog import Catalog
 from search_service.storage.collection import Collection
+from search_service.storage.compactor import Compactor, Policy
+from search_service.storage.counters import Counters
 from search_service.storage.embedded import EmbeddedRedis
 from search_service.storage.follower import Follower
 from search_service.storage.keys import Meta, foreign
 from search_service.storage.leases import Lease, Leases
-from search_service.storage.local import LocalCollection, clean, quarantine
+from search_service.storage.local import LocalCollection
 from search_service.storage.peers import Peers
+from search_service.storage.receipts import erase
 from search_service.storage.replicas import FORGET_S, SILENCE_S, Identity, LogLimits
 from search_service.storage.resync import ResyncConfig, Resyncer
 
@@ -41,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 _CHECKPOINT_POLL_S = 0.5
 _LOOKUP_S = 2.0
+_ASIDE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +85,17 @@ class StoreConfig:
     """Files that another replica copies are kept for so long after it last read, in seconds."""
     discovery_interval_s: float = 2.0
     """How often to look for collections that other processes made or dropped, in seconds."""
+    compaction_share: float = 0.3
+    """Compact a collection when this share of its rows is dead; 0: only when asked."""
+    compaction_min_rows: int = 100_000
+    """And at least so many are."""
+    compaction_mb_per_s: float = 64.0
+    """How fast compaction copies at most, in millions of bytes per second; 0: no limit."""
+    scrub_mb_per_s: float = 16.0
+    """How fast all files are read and compared with their checksums in the background, in millions
+    of bytes per second; 0: never."""
+    scrub_interval_s: float = 86_400.0
+    """How long after one such reading the next begins, in seconds."""
 
 
 class Store:
@@ -106,7 +122,25 @@ class Store:
         self._foreign_epochs: set[str] = set()
         self._closing = threading.Event()
         self._look = threading.Event()
+        self._compactor = Compactor(
+            self._catalog.eraser,
+            lambda: list(self._collections.values()),
+            Policy(
+                share=config.compaction_share,
+                min_rows=config.compaction_min_rows,
+                bytes_per_s=config.compaction_mb_per_s * 1e6,
+                poll_s=config.discovery_interval_s,
+            ),
+        )
         self._greet = threading.Event()
+        self._counters = Counters()
+        self._caretaker = Caretaker(
+            self._counters,
+            lambda: list(self._collections.values()),
+            self._put_aside,
+            bytes_per_s=config.scrub_mb_per_s * 1e6,
+            interval_s=config.scrub_interval_s,
+        )
         self._threads = [
             threading.Thread(target=self._discover, name="discover", daemon=True),
             threading.Thread(target=self._checkpoint, name="checkpoint", daemon=True),
@@ -165,7 +199,9 @@ class Store:
             store._load()
             for thread in store._threads:
                 thread.start()
+            store._compactor.start()
             store._resyncer.start()
+            store._caretaker.start()
             store._resources = resources.pop_all()
             return store
 
@@ -219,7 +255,7 @@ class Store:
             return found
         give_up = time.monotonic() + deadline_s
         meta = self._catalog.meta(name, deadline_s) if layout.is_safe_name(name) else None
-        if meta is None or meta.is_dropping:
+        if meta is None or not meta.is_active:
             raise NotFoundError(f"There is no collection {name}.")
         with self._administering(give_up - time.monotonic()):
             return self._adopt(meta)
@@ -244,7 +280,55 @@ class Store:
             self._synchronize(deadline_s)
         except HashlensError as error:
             logger.info("listing what is on this replica only: %s", error)
+        return [*self.infos()]
+
+    def compact(
+        self, name: str, *, wait_for_replicas: bool = False, deadline_s: float = 60.0
+    ) -> CompactResult:
+        """Erase the rows of replaced and deleted items from all replicas and from Redis.
+
+        Parameters
+        ----------
+        name
+            The collection's.
+        wait_for_replicas
+            Wait, as long as the deadline lets, for the other live replicas, too.
+        deadline_s
+            The longest to wait, in seconds.
+
+        Raises
+        ------
+        NotFoundError
+            There is no such collection.
+        DeadlineError
+            This replica has not done it in time; it goes on.
+        UnavailableError
+            Redis is away.
+        LimitError
+            The local disk is full or broken. The files are as they were.
+        """
+        give_up = time.monotonic() + deadline_s
+        collection = self.get(name, deadline_s=deadline_s)
+        try:
+            return erase(
+                collection,
+                self._compactor,
+                self._catalog.eraser,
+                self._config.data_dir,
+                wait_for_replicas=wait_for_replicas,
+                deadline_s=give_up - time.monotonic(),
+            )
+        except OSError as error:
+            raise LimitError(f"The files of {name} cannot be written anew ({error}).") from error
+
+    def infos(self) -> Sequence[CollectionInfo]:
+        """Describe the collections on this replica, by name; never waits."""
         return [found.info() for _, found in sorted(self._collections.items())]
+
+    @property
+    def counters(self) -> Counters:
+        """What has happened since the store was opened."""
+        return self._counters
 
     def drop(self, name: str, *, deadline_s: float = 60.0) -> None:
         """Remove a collection from Redis and from this replica; others follow by themselves.
@@ -305,8 +389,10 @@ class Store:
         """End all threads; the files stay as the last checkpoints have them."""
         self._closing.set()
         self._look.set()
+        self._compactor.close()
         self._greet.set()
         self._resyncer.close()
+        self._caretaker.close()
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
@@ -322,13 +408,28 @@ class Store:
     def _load(self) -> None:
         """Open all collections in the directory."""
         self._directory.mkdir(exist_ok=True)
-        clean(self._directory)
+        data_dir.clean(self._directory)
         for directory in sorted(self._directory.glob("[!.]*")):
+            if not layout.is_safe_name(directory.name):
+                logger.warning("%s is not of this service: left alone", directory)
+                continue
             try:
+                if directory.is_symlink() or not directory.is_dir():
+                    raise DataLossError(f"{directory} is not a directory")
                 local = LocalCollection.load(directory)
+            except OSError as error:
+                # It may be whole: too many open files are no reason to put it away.
+                logger.error("%s cannot be opened (%s) and is not served", directory, error)
+                continue
             except DataLossError as error:
-                aside = quarantine(directory, self._config.data_dir / "quarantine")
-                logger.error("%s; the files are in %s now", error.message, aside)
+                try:
+                    aside = data_dir.quarantine(directory, self._config.data_dir / "quarantine")
+                except OSError as broken:
+                    # Without it the others are served; with it nobody would be.
+                    logger.error("%s; it cannot be put aside (%s) and is not served", error, broken)
+                    continue
+                self._counters.n_quarantined += 1
+                logger.error("%s; the files are in %s now", error, aside)
                 continue
             self._serve(local)
 
@@ -341,6 +442,7 @@ class Store:
             timeout_s=self._config.redis_timeout_s,
             on_change=self._changed,
         )
+        local.on_damage = self._count_damage
         collection = Collection(
             local,
             self._catalog,
@@ -401,6 +503,26 @@ class Store:
         self._greet.set()
         self._resyncer.wake()
 
+    def _put_aside(self, collection: Collection, trouble: str) -> None:
+        """Stop serving a collection whose files cannot be trusted, and have it made anew."""
+        name = collection.spec.name
+        with contextlib.suppress(HashlensError), self._administering(_ASIDE_S):
+            if self._collections.get(name) is not collection:
+                return
+            self._collections.pop(name)
+            self._leases.revoke(name)
+            collection.abandon()
+            directory = collection.local.directory
+            where = "nowhere"
+            if directory.exists():
+                where = str(data_dir.quarantine(directory, self._config.data_dir / "quarantine"))
+            self._counters.n_quarantined += 1
+            logger.error("%s is put aside: %s; its files are in %s now", name, trouble, where)
+            self._changed()
+
+    def _count_damage(self, n: int) -> None:
+        self._counters.n_damaged_features += n
+
     def _settle(self, name: str, give_up: float) -> None:
         """Make sure that what this replica has of a name does not stand in the way of a new one.
 
@@ -446,7 +568,7 @@ class Store:
                 logger.warning("%s", collection.info().detail)
         for name in sorted(names - set(self._collections)):
             meta = self._catalog.meta(name, give_up - time.monotonic())
-            if meta is not None and not meta.is_dropping:
+            if meta is not None and meta.is_active:
                 with self._administering(give_up - time.monotonic()):
                     self._adopt(meta)
 
@@ -500,6 +622,7 @@ class Store:
                     try:
                         collection.checkpoint()
                     except (HashlensError, OSError) as error:
+                        self._counters.n_failed_checkpoints += 1
                         logger.error("no checkpoint of %s: %s", collection.spec.name, error)
 
     @contextlib.contextmanager

@@ -26,9 +26,10 @@ from hashlens.errors import (
 from hashlens.types import CollectionSpec, FeatureDtype
 from search_service.storage import Collection, Record, Store, StoreConfig
 from search_service.storage.catalog import Catalog
+from search_service.storage.data_dir import clean
 from search_service.storage.failpoints import VARIABLE, arm
 from search_service.storage.keys import Meta
-from search_service.storage.local import LocalCollection, clean
+from search_service.storage.local import LocalCollection
 from search_service.storage.rebuild import Rebuilt, install, rebuild
 from tests.support.redis_server import RedisServer, server_binaries
 from tests.support.stores import DEADLINE_S, Model, contents, make_record, make_records
