@@ -158,6 +158,14 @@ class StoreMachine(RuleBasedStateMachine):
         self.check_disk()
 
     @rule()
+    def compact(self) -> None:
+        self.collection.wait_for(self.model.version, DEADLINE_S)
+        self.collection.compact()
+        assert self.collection.snapshot().rows == len(self.model.items)
+        assert_holds(self.collection, self.model)
+        self.check_disk()
+
+    @rule()
     def reopen(self) -> None:
         self.collection.wait_for(self.model.version, DEADLINE_S)
         self.store.close()
