@@ -122,6 +122,7 @@ class Store:
         self._foreign_epochs: set[str] = set()
         self._closing = threading.Event()
         self._look = threading.Event()
+        self._counters = Counters()
         self._compactor = Compactor(
             self._catalog.eraser,
             lambda: list(self._collections.values()),
@@ -133,7 +134,6 @@ class Store:
             ),
         )
         self._greet = threading.Event()
-        self._counters = Counters()
         self._caretaker = Caretaker(
             self._counters,
             lambda: list(self._collections.values()),
@@ -159,6 +159,7 @@ class Store:
             self._replica,
             self._catalog,
             peers,
+            self._counters,
             lost=lambda: [c for c in list(self._collections.values()) if c.needs_files],
             replace=self._replace,
         )

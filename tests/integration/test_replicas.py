@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -242,26 +243,21 @@ def test_the_replicas_can_be_listed(cluster: Cluster) -> None:
     target = cluster.processes[0].target
     version = cluster.clients[0].upsert("c", items("shared", 600)).version
     arguments = ["replicas", "c", "--search", target, "--encoder", target]
-    listed: list[dict[str, object]] = []
+    listed: list[dict[str, Any]] = []
 
-    def all_live() -> bool:
+    def are_there() -> bool:
         listed[:] = json.loads(CliRunner().invoke(main, [*arguments, "--json"]).stdout)
-        return all(entry["live"] for entry in listed)
+        newest = {entry["checkpoint_version"] + entry["behind"] for entry in listed}
+        return newest == {version} and all(entry["live"] for entry in listed)
 
-    wait_until(all_live, within_s=WITHIN_S, what="all are live")
+    wait_until(are_there, within_s=WITHIN_S, what="all are live and the write is applied")
     assert {entry["id"] for entry in listed} == {cluster.id_of(i) for i in range(4)}
     targets = {process.target for process in cluster.processes.values()}
     assert {entry["address"] for entry in listed} == targets
     assert [entry["id"] for entry in listed if entry["answering"]] == [cluster.id_of(0)]
-    for entry in listed:
-        assert entry["live"]
-        assert (
-            entry["behind"]
-            == max(version, entry["checkpoint_version"]) - (entry["checkpoint_version"])
-        )
     shown = CliRunner().invoke(main, arguments)
     assert shown.exit_code == 0
-    assert shown.output.count("live") == 4
+    assert all(target in shown.output for target in targets)
     assert CliRunner().invoke(main, ["replicas", "nobody", *arguments[2:]]).exit_code != 0
 
 
