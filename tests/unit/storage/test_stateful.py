@@ -158,6 +158,14 @@ class StoreMachine(RuleBasedStateMachine):
         self.check_disk()
 
     @rule()
+    def compact(self) -> None:
+        self.collection.wait_for(self.model.version, DEADLINE_S)
+        done = self.collection.compact()
+        assert done.erased_seq == self.model.version
+        assert self.collection.info().n_dead_rows == 0
+        self.check_disk()
+
+    @rule()
     def reopen(self) -> None:
         self.collection.wait_for(self.model.version, DEADLINE_S)
         self.store.close()
