@@ -324,7 +324,7 @@ class LocalCollection:
         """Go over to files of the next generation; return the old ones, closed.
 
         Nothing is applied meanwhile. Whatever goes wrong before the manifest is switched, the old
-        files go on.
+        files go on. `erased_seq` stays: nothing is erased before the old files are gone.
 
         Parameters
         ----------
@@ -368,7 +368,7 @@ class LocalCollection:
                 self._failed_sync = str(error)
             old, self._arrays, self._table = self._arrays, arrays, table
             self.generation = generation
-            self.erased_seq = self._saved_erased_seq = erased_seq
+            self._saved_erased_seq = erased_seq
             self.checkpoint_seq = self.seq
             self._rows_since_checkpoint = self._bytes_since_checkpoint = 0
             self._publish()
