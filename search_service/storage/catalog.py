@@ -27,6 +27,7 @@ from search_service.storage.keys import (
     Meta,
     check_status,
     read_meta,
+    restoring,
     text,
 )
 from search_service.storage.replicas import FORGET_S, SILENCE_S, ReplicaList
@@ -151,6 +152,8 @@ class Catalog:
             self._add_name(spec.name, give_up - time.monotonic())
             reply = self._script(scripts.CREATE, [keys.meta], arguments, give_up - time.monotonic())
             meta = read_meta(spec.name, dict(zip(reply[::2], reply[1::2], strict=True)))
+            if meta.is_restoring:
+                raise PreconditionError(restoring(spec.name))
             if not meta.is_dropping:
                 self._add_name(spec.name, give_up - time.monotonic())
                 return meta

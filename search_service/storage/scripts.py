@@ -34,7 +34,7 @@ _FREEING_GUARD = "#!lua flags=allow-oom" + _EPOCH
 _WRITABLE = (
     _GUARD
     + """
-if meta[2] ~= 'active' then return {'dropping'} end
+if meta[2] ~= 'active' then return {meta[2]} end
 if tonumber(meta[3]) < tonumber(ARGV[6]) then return {'behind', meta[3]} end
 local seen = call('HMGET', KEYS[3], 'digest', 'seq', 'count')
 if seen[1] then
@@ -52,7 +52,7 @@ _READING = (
     "#!lua flags=no-writes"
     + _EPOCH
     + """
-if meta[2] ~= 'active' then return {'dropping'} end
+if meta[2] ~= 'active' then return {meta[2]} end
 """
 )
 
@@ -128,7 +128,7 @@ REGISTER: Final = (
     _FREEING_GUARD
     + _CLOCK
     + """
-if meta[2] ~= 'active' then return {'dropping'} end
+if meta[2] ~= 'active' then return {meta[2]} end
 touch(KEYS[4], ARGV[2])
 if tonumber(ARGV[3]) <= tonumber(meta[3]) then call('HSET', KEYS[3], ARGV[2], ARGV[3]) end
 local first = call('XRANGE', KEYS[2], '-', '+', 'COUNT', 1)
@@ -145,7 +145,7 @@ TRIM: Final = (
     _FREEING_GUARD
     + _CLOCK
     + """
-if meta[2] ~= 'active' then return {'dropping'} end
+if meta[2] ~= 'active' then return {meta[2]} end
 local own = tonumber(ARGV[3])
 if own > tonumber(meta[3]) then return {'behind'} end
 touch(KEYS[4], ARGV[2])
@@ -235,6 +235,58 @@ return {'ok'}
 )
 """Removes what is left of it. KEYS meta, log, replicas, seen; ARGV epoch."""
 
+RESTORE_BEGIN: Final = """#!lua
+local call = redis.call
+local meta = call('HMGET', KEYS[1], 'epoch', 'state')
+if meta[1] then
+  if meta[1] == ARGV[1] and meta[2] == 'restoring' then return {'ok'} end
+  return {'epoch', meta[1]}
+end
+call('HSET', KEYS[1], 'epoch', ARGV[1], 'seq', 0, 'n_items', 0, 'state', 'restoring',
+  unpack(ARGV, 2))
+return {'ok'}
+"""
+"""KEYS meta; ARGV epoch, field, value, ... Makes a collection that nobody sees yet."""
+
+RESTORE_FILL: Final = (
+    _GUARD
+    + """
+if meta[2] ~= 'restoring' then return {'epoch', meta[1]} end
+local sub, unpack = string.sub, struct.unpack
+local code_bytes, body, at, size, added = tonumber(ARGV[2]), ARGV[3], 1, #ARGV[3], 0
+while at <= size do
+  local bucket, _, id_bytes, extras_bytes = unpack('<I4I8I2I4', body, at)
+  local id_at = at + 18
+  local code_at = id_at + id_bytes
+  local extras_at = code_at + code_bytes
+  local id = sub(body, id_at, code_at - 1)
+  local value = sub(body, at + 4, at + 11) .. sub(body, code_at, extras_at - 1)
+  at = extras_at + extras_bytes
+  added = added + call('HSET', KEYS[2 + 2 * bucket], id, value)
+  if extras_bytes > 0 then
+    call('HSET', KEYS[3 + 2 * bucket], id, sub(body, extras_at, at - 1))
+  end
+end
+call('HSET', KEYS[1], 'n_items', string.format('%.0f', tonumber(meta[4]) + added))
+return {'ok'}
+"""
+)
+"""Puts items in. KEYS meta, then the bucket and the payload bucket of each ordinal; ARGV epoch,
+code length, body: for each item the ordinal of its bucket (u32) and its entry in the export."""
+
+RESTORE_END: Final = (
+    _GUARD
+    + """
+if meta[2] == 'active' then return {'ok', meta[4]} end
+if meta[2] ~= 'restoring' then return {'dropping'} end
+if meta[4] ~= ARGV[3] then return {'ok', meta[4]} end
+if ARGV[2] ~= '0' then call('XADD', KEYS[2], ARGV[2] .. '-1', 'r', ARGV[4]) end
+call('HSET', KEYS[1], 'seq', ARGV[2], 'state', 'active')
+return {'ok', meta[4]}
+"""
+)
+"""Lets everyone see it, if all items are there. KEYS meta, log; ARGV epoch, seq, number of items,
+log record to begin the log with. Returns status, number of items."""
 RECORD_DROP: Final = """#!lua flags=allow-oom
 return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])
 """
@@ -287,7 +339,7 @@ none."""
 MARK: Final = (
     _FREEING_GUARD
     + """
-if meta[2] ~= 'active' then return {'dropping'} end
+if meta[2] ~= 'active' then return {meta[2]} end
 if tonumber(meta[3]) < tonumber(ARGV[3]) then return {'behind', meta[3]} end
 local seq = string.format('%.0f', tonumber(meta[3]) + 1)
 call('XADD', KEYS[2], seq .. '-1', 'r', ARGV[2])
