@@ -374,7 +374,7 @@ class LocalCollection:
         """Go over to files of the next generation; return the old ones, closed.
 
         Nothing is applied meanwhile. Whatever goes wrong before the manifest is switched, the old
-        files go on.
+        files go on. `erased_seq` stays: nothing is erased before the old files are gone.
 
         Parameters
         ----------
@@ -420,7 +420,7 @@ class LocalCollection:
             # Who copied them has checked them.
             self._checks = FeatureChecks(0, self._note_damage)
             self.generation = generation
-            self.erased_seq = self._saved_erased_seq = erased_seq
+            self._saved_erased_seq = erased_seq
             self.checkpoint_seq = self.seq
             self._rows_since_checkpoint = self._bytes_since_checkpoint = 0
             self._publish()
