@@ -63,7 +63,8 @@ class SearchConfig(ServerConfig):
     )
     max_copies: int = setting(2, "Most files that other replicas copy from here at a time.")
     copy_mb_per_s: float = setting(
-        0.0, "Most that other replicas copy from here, in MiB per second; 0: no limit."
+        0.0,
+        "Most that other replicas copy from here, in millions of bytes per second; 0: no limit.",
     )
     scrub_mb_per_s: float = setting(
         16.0,

@@ -95,7 +95,7 @@ class SearchServicer(CompactRpc):
         self._erasures = Erasures()
         self._stack.callback(self._erasures.close)
         self._replicas = ReplicaServicer(
-            ServingLimits(config.max_copies, config.copy_mb_per_s * 2**20)
+            ServingLimits(config.max_copies, config.copy_mb_per_s * 1e6)
         )
         self._address = config.advertise or ""
         self._opening: asyncio.Future[Store] | None = None

@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S: Final = 0.5
 _MAX_PAUSE_S: Final = 15.0
+_POLL_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,7 @@ class Resyncer:
         self._current = ""
         self._stop = threading.Event()
         self._failing_since_s: dict[str, float] = {}
+        self._went_on_from: dict[str, int] = {}
         self._said = ""
         self._thread = threading.Thread(target=self._run, name="resync", daemon=True)
 
@@ -143,24 +145,29 @@ class Resyncer:
     def _run(self) -> None:
         pause_s = _FIRST_PAUSE_S
         while not self._closing.is_set():
-            is_failing = False
-            for collection in self._lost():
-                is_failing = not self._bring_back(collection) or is_failing
-            self._wake.wait(pause_s * random.uniform(0.5, 1.0))
-            self._wake.clear()
-            pause_s = min(2 * pause_s, _MAX_PAUSE_S) if is_failing else _FIRST_PAUSE_S
+            lost = self._lost()
+            for collection in lost:
+                self._bring_back(collection)
+            if lost:
+                # Also after a success: what is lost again at once would be copied without end.
+                self._closing.wait(pause_s * random.uniform(0.5, 1.0))
+                pause_s = min(2 * pause_s, _MAX_PAUSE_S)
+            else:
+                self._wake.wait(_POLL_S)
+                self._wake.clear()
+                pause_s = _FIRST_PAUSE_S
 
-    def _bring_back(self, collection: Collection) -> bool:
-        """Try once; tell whether it is done with."""
+    def _bring_back(self, collection: Collection) -> None:
+        """Try once."""
         name = collection.spec.name
         with self._lock:
             if self._closing.is_set():
-                return True
+                return
             self._current, self._stop = name, threading.Event()
         try:
             self._resync(collection)
         except CancelledError:
-            if not self._closing.is_set():
+            if self._stop.is_set() and not self._closing.is_set():
                 shutil.rmtree(self._config.draft(name), ignore_errors=True)
         except Exception as error:
             # Whatever it is, reading goes on and the thread lives to try again.
@@ -172,18 +179,17 @@ class Resyncer:
                 self._said = said
                 trace = None if expected else error
                 logger.warning("%s is not brought back yet: %s", name, said, exc_info=trace)
-            return False
+        else:
+            self._failing_since_s.pop(name, None)
         finally:
             with self._lock:
                 self._current = ""
-        self._failing_since_s.pop(name, None)
-        return True
 
     def _resync(self, collection: Collection) -> None:
         """Find files that the log goes on from, and have them served."""
         name = collection.spec.name
         meta = self._catalog.meta(name, self._config.timeout_s)
-        if meta is None or meta.epoch != collection.epoch or meta.is_dropping:
+        if meta is None or meta.epoch != collection.epoch or not meta.is_active:
             raise PreconditionError(foreign(name, None if meta is None else meta.epoch))
         if self._is_followable(collection, meta):
             self._replace(collection, lambda: None)
@@ -203,11 +209,14 @@ class Resyncer:
         """
         try:
             found = manifest.read(self._config.directory(meta.spec.name))
-            if found.seq != collection.snapshot().version:
+            is_all = found.seq == collection.snapshot().version
+            if not is_all or self._went_on_from.get(meta.epoch) == found.seq:
                 return False
             self._agree(meta, found)
         except HashlensError:
             return False
+        # Once: if the log has a hole right behind, it leads nowhere.
+        self._went_on_from[meta.epoch] = found.seq
         return True
 
     def _agree(self, meta: Meta, found: Manifest) -> None:

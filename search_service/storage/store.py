@@ -595,6 +595,8 @@ class Store:
 
     def _hello(self) -> None:
         """Thread: tell the others that this replica is alive; end what nobody copies any more."""
+        config = self._config
+        interval_s = min(config.hello_interval_s, config.replica_silence_s / 3)
         while not self._closing.is_set():
             for collection in list(self._collections.values()):
                 try:
@@ -604,7 +606,7 @@ class Store:
                 except HashlensError as error:
                     logger.debug("no hello for %s: %s", collection.spec.name, error)
             self._leases.expire()
-            self._greet.wait(self._config.hello_interval_s)
+            self._greet.wait(interval_s)
             self._greet.clear()
 
     def _checkpoint(self) -> None:

@@ -22,7 +22,7 @@ from hashlens.types import CollectionSpec, FeatureDtype
 from hashlens.v1 import replica_service_pb2 as rpb
 from search_service.replication import servicer
 from search_service.replication.client import GrpcPeers
-from search_service.storage import Collection, Store, StoreConfig
+from search_service.storage import Collection, Store, StoreConfig, failpoints
 from tests.support.redis_server import RedisServer, server_binaries
 from tests.support.replicas import MAX_MESSAGE_BYTES, replica
 from tests.support.stores import (
@@ -345,6 +345,45 @@ def test_a_copy_goes_on_where_it_stopped(
         name: size for name, size in before.items() if name in asked
     }
     assert sum(asked.values()) > 10_000
+
+
+def test_a_source_may_compact_meanwhile(
+    config_for: ConfigFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("search_service.storage.leases.PART_BYTES", 512)
+    model = Model()
+    config = config_for("b", resync_patience_s=3600.0)
+    draft = config.data_dir / "collections" / ".copy-c"
+    with replica(config_for("a"), bytes_per_s=60_000.0) as a:
+        fill(a.create(SPEC), model, 300, seed=1)
+        collection = trimmed(a, model)
+        with replica(config) as b:
+            wait_until(draft.exists, "the copy has begun", WITHIN_S)
+            # What is being copied is kept, so it does not count as gone.
+            receipt = a.compact("c", deadline_s=DEADLINE_S)
+            model.version += 1  # The request is a write of its own.
+            assert receipt.n_rows_erased > 0
+            assert not any(file.gone for file in receipt.files)
+            assert not (collection.local.directory / "rows-0.rec").exists()
+            fill(collection, model, 30, seed=2, prefix="later")
+            assert_follows(b, model)
+            assert b.get("c").checkpoint() == model.version
+            assert on_disk(config.data_dir / "collections" / "c") == (model.version, model.items)
+
+
+def test_a_full_disk_holds_a_copy_up(config_for: ConfigFor) -> None:
+    model = Model()
+    with replica(config_for("a")) as a:
+        fill(a.create(SPEC), model, 300, seed=1)
+        trimmed(a, model)
+        with failpoints.arm("copy.part", "enospc", 5), replica(config_for("b")) as b:
+            wait_until(
+                lambda: (found := b.find("c")) is not None and "No space" in found.info().detail,
+                "the state says it",
+                WITHIN_S,
+            )
+        with replica(config_for("b")) as b:
+            assert_follows(b, model)
 
 
 def test_a_dropped_collection_is_not_copied_any_more(

@@ -32,6 +32,7 @@ from hashlens.types import (
     Query,
     Rank,
     Receipt,
+    ReplicaInfo,
     ReplyExplanation,
     SearchOptions,
     SearchResult,
@@ -220,6 +221,11 @@ SPEC = CollectionSpec(name="a-1", model_id="m", n_bits=48, dim=3, feature_dtype=
             CollectionInfo(SPEC, "e", 7, 5, 2, 6, "always", False, "why"),
             convert.info_to_proto,
             convert.info_from_proto,
+        ),
+        (
+            ReplicaInfo("r", "host:1", 7, 5, 1200, True),
+            convert.replica_to_proto,
+            convert.replica_from_proto,
         ),
         (MODEL, convert.model_to_proto, convert.model_from_proto),
         (
