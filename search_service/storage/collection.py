@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from hashlens import codes
 from hashlens.errors import (
@@ -35,7 +36,10 @@ from search_service.storage.follower import Follower
 from search_service.storage.keys import Meta
 from search_service.storage.local import LocalCollection
 from search_service.storage.packed_records import packed_records
+from search_service.storage.rebuild import Rebuilt
 from search_service.storage.records import Record
+from search_service.storage.remake import compared, remade
+from search_service.storage.verify import Verified
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +91,13 @@ class Collection:
         """About the last write of this replica's own callers."""
         self._meta = Meta(local.spec, local.epoch, local.n_buckets, local.seq, False)
         self._checkpointed_at = time.monotonic()
+        self._checkpointing = threading.Lock()
+        self._rebuilding = threading.Lock()
+        self._is_held = False
+        """Whether the log is kept for a rebuild, so that no checkpoint may trim it."""
+        self._stopping = threading.Event()
+        self._running: list[threading.Event] = []
+        """What stops the checks and rebuilds that are running."""
 
     @property
     def spec(self) -> CollectionSpec:
@@ -229,8 +240,51 @@ class Collection:
         DataLossError
             The disk has lost writes; see `LocalCollection.checkpoint`.
         """
-        if self._follower.is_lost:
-            return self._local.checkpoint_seq
+        with self._checkpointing:
+            if self._follower.is_lost or self._is_held:
+                return self._local.checkpoint_seq
+            return self._checkpoint()
+
+    def verify(self, stop: threading.Event) -> Verified:
+        """Compare the local files with Redis and with their checksums; raises as `verify.verify`.
+
+        Set `stop` to end it early; `close` does.
+        """
+        with self._stoppable(stop):
+            return compared(self._local, self._follower, self._meta, stop)
+
+    def rebuild(self, stop: threading.Event) -> Rebuilt:
+        """Make the local files anew from Redis, with all features that are whole.
+
+        Searching goes on in the old files until the new ones have all that those have. Set `stop`
+        to end it early, and everything is as before; `close` does.
+
+        Raises
+        ------
+        OverloadedError
+            It is being done.
+        HashlensError, OSError
+            See `remake.remade`.
+        """
+        if not self._rebuilding.acquire(blocking=False):
+            raise OverloadedError(f"{self.spec.name} is being rebuilt", retry_after_s=_SETTLE_S)
+        before = self._follower
+        try:
+            with self._checkpointing:
+                self._is_held = True
+            with self._stoppable(stop):
+                made, self._local = remade(
+                    self._local, before, self._catalog, self._replica_id, stop
+                )
+            return made
+        finally:
+            if before.is_stopping and not self._stopping.is_set():
+                self._follower = before.on(self._local)
+                self._follower.start()
+            self._is_held = False
+            self._rebuilding.release()
+
+    def _checkpoint(self) -> int:
         self._checkpointed_at = time.monotonic()
         try:
             seq = self._local.checkpoint()
@@ -267,12 +321,14 @@ class Collection:
 
     def stop(self) -> None:
         """Ask the follower to end; `close` and `remove` wait for it."""
+        self._stopping.set()
+        for stop in list(self._running):
+            stop.set()
         self._follower.stop()
 
     def close(self) -> None:
         """End, with a last checkpoint. Snapshots that are in use stay valid."""
-        self._follower.stop()
-        self._follower.join()
+        self._end()
         try:
             self.checkpoint()
         except (OSError, HashlensError) as error:
@@ -281,9 +337,25 @@ class Collection:
 
     def remove(self) -> None:
         """End, and delete the local files. Snapshots that are in use stay valid."""
-        self._follower.stop()
-        self._follower.join()
+        self._end()
         self._local.remove()
+
+    def _end(self) -> None:
+        self.stop()
+        with self._rebuilding:
+            self._follower.stop()
+            self._follower.join()
+
+    @contextlib.contextmanager
+    def _stoppable(self, stop: threading.Event) -> Iterator[None]:
+        """Let `stop` be set when the collection is closed."""
+        self._running.append(stop)
+        try:
+            if self._stopping.is_set():
+                stop.set()
+            yield
+        finally:
+            self._running.remove(stop)
 
     def _check_writable(self, deadline_s: float) -> None:
         """Refuse what could not be applied here; the rest is for Redis to say."""

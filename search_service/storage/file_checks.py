@@ -9,7 +9,6 @@ import contextlib
 import os
 import threading
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +20,7 @@ from hashlens.types import CollectionSpec
 from search_service.storage import layout, manifest
 from search_service.storage.differences import Differences
 from search_service.storage.frozen import Frozen
+from search_service.storage.gather import cut
 from search_service.storage.id_index import StoredIds
 
 _BYTES_AT_ONCE: Final = 1 << 20
@@ -117,14 +117,6 @@ def check_features(
                 _check_some_features(frozen, rows, data, width, dead, differences)
         finally:
             os.close(descriptor)
-
-
-def cut(joined: bytes, lengths: NDArray[np.int64]) -> Iterator[bytes]:
-    """Return the slices that were joined."""
-    at = 0
-    for length in lengths.tolist():
-        yield joined[at : at + length]
-        at += length
 
 
 def _check_some_features(

@@ -179,6 +179,16 @@ class LocalCollection:
         """Where the files are."""
         return self._directory
 
+    @property
+    def generation(self) -> int:
+        """Part of the files' names."""
+        return self._generation
+
+    @property
+    def segment_bytes(self) -> int:
+        """How long a full file of features is."""
+        return self._arrays.rows_per_segment * layout.feature_bytes(self.spec)
+
     def frozen(self) -> Frozen:
         """Return everything in the files at this moment, for who compares it."""
         with self._lock:
