@@ -186,8 +186,8 @@ class LocalCollection:
 
     @property
     def segment_bytes(self) -> int:
-        """How long a full file of features is."""
-        return self._arrays.rows_per_segment * layout.feature_bytes(self.spec)
+        """How long a full file of features is; for codes only, how many rows it would have."""
+        return self._arrays.rows_per_segment * max(layout.feature_bytes(self.spec), 1)
 
     def frozen(self) -> Frozen:
         """Return everything in the files at this moment, for who compares it."""
