@@ -46,6 +46,7 @@ from search_service.sketches import Sketches
 from search_service.snapshot import Snapshot
 from search_service.storage.collection import Collection
 from search_service.storage.store import Store, StoreConfig
+from search_service.verify import Verifier, VerifyRpc
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ _HITS_AT_ONCE = 1000
 _ADVICE = "ask for fewer hits, or leave features out"
 
 
-class SearchServicer(spb_grpc.SearchServiceServicer):
+class SearchServicer(VerifyRpc):
     """Answers the RPCs; a `hashlens.rpc.server.Service`.
 
     Parameters
@@ -87,6 +88,8 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         )
         self._together = together(self._engine)
         self._auditor = Auditor(max_audits=config.max_audits)
+        self._verifier = Verifier()
+        self._stack.callback(self._verifier.close)
         self._opening: asyncio.Future[Store] | None = None
         self._store: Store
         self._executor: Executor

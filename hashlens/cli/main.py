@@ -19,6 +19,7 @@ from hashlens.cli.index import index
 from hashlens.cli.search import search
 from hashlens.cli.text import printable
 from hashlens.cli.up import up
+from hashlens.cli.verify import verify
 from hashlens.errors import HashlensError, InvalidInputError
 
 COMMANDS_GROUP = "hashlens.commands"
@@ -123,5 +124,5 @@ def main(debug: bool) -> None:
     """
 
 
-for command in (up, index, search, health, collections, drop, demo):
+for command in (up, index, search, health, collections, drop, verify, demo):
     main.add_command(command)

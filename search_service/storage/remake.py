@@ -16,7 +16,7 @@ from search_service.storage.local import LocalCollection
 from search_service.storage.rebuild import Rebuilt, install, rebuild
 from search_service.storage.verify import Verified, verify
 
-_SETTLE_S: Final = 1.0
+_SETTLE_S: Final = 10.0
 
 
 def compared(

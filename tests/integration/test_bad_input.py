@@ -229,7 +229,8 @@ def test_bad_options(
             Code.INVALID_ARGUMENT,
             "search.query",
         ),
-        ("Verify", spb.VerifyRequest(), Code.UNIMPLEMENTED, ""),
+        ("Verify", spb.VerifyRequest(), Code.INVALID_ARGUMENT, "collection"),
+        ("Verify", spb.VerifyRequest(collection="none"), Code.NOT_FOUND, ""),
     ],
 )
 def test_bad_requests(
