@@ -59,9 +59,9 @@ def restart(config: RestartConfig) -> None:
     """Stop and start a search service over a growing collection.
 
     Ready is when health says SERVING. Each time a stored item has to find itself, or the run fails.
-    With --rebuild, files are also made anew from Redis while nothing else runs, and have to hold the
-    same as those of the service; what Redis takes for an id of twelve bytes is read after its log
-    is trimmed.
+    With --rebuild, files are also made anew from Redis while nothing else runs, and have to hold
+    the same as those of the service; what Redis takes for an id of twelve bytes is read after its
+    log is trimmed.
     """
     check_outputs(config)
     steps = config.steps
