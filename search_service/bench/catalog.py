@@ -7,7 +7,6 @@ import json
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -18,6 +17,7 @@ from hashlens.errors import DeadlineError, UnavailableError
 from search_service.bench.report import Measured, WrongAnswerError
 from search_service.storage.catalog import Catalog
 from search_service.storage.connection import connect
+from search_service.storage.data_dir import replica_id
 from search_service.storage.digest import digest_of
 from search_service.storage.embedded import EmbeddedRedis
 from search_service.storage.keys import Keys, Meta
@@ -74,7 +74,8 @@ def rebuilt(
             Path(folder),
             meta,
             url=server.url,
-            replica_id=str(uuid.uuid4()),
+            # Another's would have the log kept for somebody who never comes back.
+            replica_id=replica_id(data_dir),
             timeout_s=_TIMEOUT_S,
             segment_bytes=1,
         )

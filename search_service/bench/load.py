@@ -22,7 +22,7 @@ CHUNK_ITEMS = 4096
 CALL_DEADLINE_S = 120.0
 
 _BLOCK_ROWS = 4096
-_WRITABLE_S = 120.0
+_WRITABLE_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
