@@ -26,6 +26,7 @@ from search_service.storage.keys import (
     Meta,
     check_status,
     read_meta,
+    restoring,
     text,
 )
 
@@ -145,6 +146,8 @@ class Catalog:
             self._add_name(spec.name, give_up - time.monotonic())
             reply = self._script(scripts.CREATE, [keys.meta], arguments, give_up - time.monotonic())
             meta = read_meta(spec.name, dict(zip(reply[::2], reply[1::2], strict=True)))
+            if meta.is_restoring:
+                raise PreconditionError(restoring(spec.name))
             if not meta.is_dropping:
                 self._add_name(spec.name, give_up - time.monotonic())
                 return meta
@@ -185,7 +188,7 @@ class Catalog:
     def record_drop(self, name: str, epoch: str, deadline_s: float) -> None:
         """Let all replicas know that an epoch was dropped on purpose."""
         note = f"{name} {time.time():.0f}"
-        self._caller.run(lambda client: client.hsetnx(DROPPED, epoch, note), deadline_s)
+        self._script(scripts.RECORD_DROP, [DROPPED], [epoch, note], deadline_s)
 
     def put(
         self,
@@ -194,6 +197,7 @@ class Catalog:
         *,
         request_id: str,
         deadline_s: float,
+        known_seq: int = 0,
         content: bytes | None = None,
     ) -> Written:
         """Write items, replacing those whose ids are there.
@@ -208,6 +212,8 @@ class Catalog:
             Names this write.
         deadline_s
             The longest to wait, in seconds.
+        known_seq
+            What Redis has had already: if it has less now, it has lost writes and gets no more.
         content
             What the request id is tied to; None: the items.
 
@@ -216,13 +222,13 @@ class Catalog:
         InvalidInputError
             The request id was used for something else.
         PreconditionError
-            Redis has another epoch of the collection, or none.
+            Redis has another epoch of the collection, or none, or it has lost writes.
         NotFoundError
             The collection is being dropped.
         DeadlineError
             Only a part is written.
         """
-        return self._write(scripts.PUT, meta, items, request_id, deadline_s, content)
+        return self._write(scripts.PUT, meta, items, request_id, deadline_s, known_seq, content)
 
     def delete(
         self,
@@ -231,9 +237,10 @@ class Catalog:
         *,
         request_id: str,
         deadline_s: float,
+        known_seq: int = 0,
     ) -> Written:
         """Remove items; raises as `put`."""
-        return self._write(scripts.DELETE, meta, items, request_id, deadline_s)
+        return self._write(scripts.DELETE, meta, items, request_id, deadline_s, known_seq)
 
     def trim(
         self, meta: Meta, replica_id: str, seq: int, budget_entries: int, deadline_s: float
@@ -253,6 +260,7 @@ class Catalog:
         items: Sequence[Raw],
         request_id: str,
         deadline_s: float,
+        known_seq: int,
         content: bytes | None = None,
     ) -> Written:
         """Send a write in chunks, each of them atomic and repeatable."""
@@ -276,7 +284,7 @@ class Catalog:
             reply = self._script(
                 script,
                 [keys.meta, keys.log, request, *buckets],
-                [meta.epoch, digest, REQUEST_TTL_S, body, code_bytes],
+                [meta.epoch, digest, REQUEST_TTL_S, body, code_bytes, max(known_seq, seq)],
                 give_up - time.monotonic(),
             )
             try:

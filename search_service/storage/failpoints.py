@@ -43,6 +43,15 @@ NAMES: Final[frozenset[str]] = frozenset(
         "create.rename",
         "drop.begin",
         "drop.files",
+        # A backup is made: a file of it is there; all are, but it is not said.
+        "backup.file",
+        "backup.finish",
+        # A backup is restored: the files are copied, a part is in Redis, all is, all but the last
+        # step is done.
+        "restore.files",
+        "restore.redis",
+        "restore.rename",
+        "restore.activate",
     }
 )
 """All places. A test that names another fails at once."""

@@ -34,6 +34,13 @@ class Meta:
     n_buckets: int
     seq: int
     is_dropping: bool
+    is_restoring: bool = False
+    """A backup is being put back, or was until something stopped it."""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it is there for everyone."""
+        return not self.is_dropping and not self.is_restoring
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +96,7 @@ def read_meta(name: str, found: Mapping[Any, bytes | str]) -> Meta:
             n_buckets=int(fields["n_buckets"]),
             seq=int(fields["seq"]),
             is_dropping=fields["state"] == "dropping",
+            is_restoring=fields["state"] == "restoring",
         )
     except (KeyError, ValueError) as error:
         raise DataLossError(f"The key {Keys(name).meta} cannot be read: {error!r}") from None
@@ -104,6 +112,13 @@ def check_status(name: str, reply: Sequence[Any]) -> None:
         )
     if status == "dropping":
         raise NotFoundError(f"The collection {name} is being dropped.")
+    if status == "restoring":
+        raise PreconditionError(restoring(name))
+    if status == "behind":
+        raise PreconditionError(
+            f"Redis went back to version {text(reply[1])} of the collection {name}: it has lost "
+            "writes. Bring the right Redis back; or drop the collection and index again."
+        )
     if status != "ok":
         raise PreconditionError(foreign(name, text(reply[1]) if len(reply) > 1 else None))
 
@@ -114,6 +129,14 @@ def foreign(name: str, epoch: str | None) -> str:
     return (
         f"This replica holds the collection {name}, but Redis {found}: it was emptied, or it is "
         "the wrong server. Bring the right one back; or drop the collection and index again."
+    )
+
+
+def restoring(name: str) -> str:
+    """Say that a collection is not there yet."""
+    return (
+        f"The collection {name} is being restored. If nobody is at it, `hashlens restore` "
+        "completes it and `hashlens drop` removes it."
     )
 
 

@@ -57,13 +57,13 @@ def remade(
     UnavailableError, NotFoundError, DataLossError, CancelledError, OSError
         See `rebuild`.
     """
-    name, here = local.spec.name, local.seq
+    name, known_seq = local.spec.name, follower.known_seq
     meta = catalog.meta(name, 2 * follower.timeout_s)
     if meta is None or meta.epoch != local.epoch:
         raise PreconditionError(foreign(name, None if meta is None else meta.epoch))
-    if meta.seq < here:
+    if meta.seq < known_seq:
         raise PreconditionError(
-            f"Redis has version {meta.seq} of {name}, this replica {here}: rebuilding it would "
+            f"Redis has version {meta.seq} of {name} and had {known_seq}: rebuilding it would "
             "lose acknowledged writes. Bring the right Redis back; or drop the collection and "
             "index again."
         )

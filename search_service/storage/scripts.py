@@ -9,17 +9,23 @@ from __future__ import annotations
 
 from typing import Final
 
-_GUARD = """#!lua
+_EPOCH = """
 local call = redis.call
 local meta = call('HMGET', KEYS[1], 'epoch', 'state', 'seq', 'n_items')
 if not meta[1] then return {'missing'} end
 if meta[1] ~= ARGV[1] then return {'epoch', meta[1]} end
 """
 
+_GUARD = "#!lua" + _EPOCH
+
+# A full memory must not keep from running what frees it.
+_FREEING_GUARD = "#!lua flags=allow-oom" + _EPOCH
+
 _WRITABLE = (
     _GUARD
     + """
-if meta[2] ~= 'active' then return {'dropping'} end
+if meta[2] ~= 'active' then return {meta[2]} end
+if tonumber(meta[3]) < tonumber(ARGV[6]) then return {'behind', meta[3]} end
 local seen = call('HMGET', KEYS[3], 'digest', 'seq', 'count')
 if seen[1] then
   if seen[1] ~= ARGV[2] then return {'conflict'} end
@@ -33,9 +39,10 @@ local at, size = 1, #ARGV[4]
 )
 
 _READING = (
-    _GUARD.replace("#!lua\n", "#!lua flags=no-writes\n")
+    "#!lua flags=no-writes"
+    + _EPOCH
     + """
-if meta[2] ~= 'active' then return {'dropping'} end
+if meta[2] ~= 'active' then return {meta[2]} end
 """
 )
 
@@ -83,8 +90,9 @@ end
     + _WRITTEN
 )
 """Writes items. KEYS meta, log, request, then the bucket and the payload bucket of each ordinal;
-ARGV epoch, digest, seconds to live of the request, body, code length. The body is, for each item,
-the ordinal of its bucket (u32) and its log record. Returns status, seq, count."""
+ARGV epoch, digest, seconds to live of the request, body, code length, a seq that Redis is known to
+have had. The body is, for each item, the ordinal of its bucket (u32) and its log record. Returns
+status, seq, count; a Redis that went back behind the known seq writes nothing."""
 
 DELETE: Final = (
     _WRITABLE
@@ -107,9 +115,9 @@ end
 """Removes items; as `PUT`. Ids that are not there leave no trace."""
 
 REGISTER: Final = (
-    _GUARD
+    _FREEING_GUARD
     + """
-if meta[2] ~= 'active' then return {'dropping'} end
+if meta[2] ~= 'active' then return {meta[2]} end
 if tonumber(ARGV[3]) <= tonumber(meta[3]) then call('HSET', KEYS[3], ARGV[2], ARGV[3]) end
 local first = call('XRANGE', KEYS[2], '-', '+', 'COUNT', 1)
 local at = ARGV[4] .. '-1'
@@ -122,9 +130,9 @@ replicas; ARGV epoch, replica id, checkpointed seq, applied seq. Returns status,
 the log, the log record at the applied seq."""
 
 TRIM: Final = (
-    _GUARD
+    _FREEING_GUARD
     + """
-if meta[2] ~= 'active' then return {'dropping'} end
+if meta[2] ~= 'active' then return {meta[2]} end
 local own = tonumber(ARGV[3])
 if own > tonumber(meta[3]) then return {'behind'} end
 call('HSET', KEYS[3], ARGV[2], ARGV[3])
@@ -143,7 +151,7 @@ epoch, replica id, checkpointed seq, most entries to keep for slower replicas. R
 a Redis that has lost what the replica holds keeps its log."""
 
 DROP_BEGIN: Final = (
-    _GUARD
+    _FREEING_GUARD
     + """
 call('HSET', KEYS[1], 'state', 'dropping')
 return {'ok'}
@@ -152,7 +160,7 @@ return {'ok'}
 """KEYS meta; ARGV epoch. From here on nothing can be written."""
 
 DROP_KEYS: Final = (
-    _GUARD
+    _FREEING_GUARD
     + """
 if meta[2] ~= 'dropping' then return {'active'} end
 call('UNLINK', unpack(KEYS, 2))
@@ -162,7 +170,7 @@ return {'ok'}
 """Removes keys of a collection that is being dropped. KEYS meta, the keys; ARGV epoch."""
 
 DROP_END: Final = (
-    _GUARD
+    _FREEING_GUARD
     + """
 if meta[2] ~= 'dropping' then return {'active'} end
 call('UNLINK', KEYS[1], KEYS[2], KEYS[3])
@@ -170,6 +178,68 @@ return {'ok'}
 """
 )
 """Removes what is left of it. KEYS meta, log, replicas; ARGV epoch."""
+
+RESTORE_BEGIN: Final = """#!lua
+local call = redis.call
+local meta = call('HMGET', KEYS[1], 'epoch', 'state')
+if meta[1] then
+  if meta[1] == ARGV[1] and meta[2] == 'restoring' then return {'ok'} end
+  return {'epoch', meta[1]}
+end
+call('HSET', KEYS[1], 'epoch', ARGV[1], 'seq', 0, 'n_items', 0, 'state', 'restoring',
+  unpack(ARGV, 2))
+return {'ok'}
+"""
+"""KEYS meta; ARGV epoch, field, value, ... Makes a collection that nobody sees yet."""
+
+RESTORE_FILL: Final = (
+    _GUARD
+    + """
+if meta[2] ~= 'restoring' then return {'epoch', meta[1]} end
+local sub, unpack = string.sub, struct.unpack
+local code_bytes, body, at, size, added = tonumber(ARGV[2]), ARGV[3], 1, #ARGV[3], 0
+while at <= size do
+  local bucket, _, id_bytes, extras_bytes = unpack('<I4I8I2I4', body, at)
+  local id_at = at + 18
+  local code_at = id_at + id_bytes
+  local extras_at = code_at + code_bytes
+  local id = sub(body, id_at, code_at - 1)
+  local value = sub(body, at + 4, at + 11) .. sub(body, code_at, extras_at - 1)
+  at = extras_at + extras_bytes
+  added = added + call('HSET', KEYS[2 + 2 * bucket], id, value)
+  if extras_bytes > 0 then
+    call('HSET', KEYS[3 + 2 * bucket], id, sub(body, extras_at, at - 1))
+  end
+end
+call('HSET', KEYS[1], 'n_items', string.format('%.0f', tonumber(meta[4]) + added))
+return {'ok'}
+"""
+)
+"""Puts items in. KEYS meta, then the bucket and the payload bucket of each ordinal; ARGV epoch,
+code length, body: for each item the ordinal of its bucket (u32) and its entry in the export."""
+
+RESTORE_END: Final = (
+    _GUARD
+    + """
+if meta[2] == 'active' then return {'ok', meta[4]} end
+if meta[2] ~= 'restoring' then return {'dropping'} end
+if meta[4] ~= ARGV[3] then return {'ok', meta[4]} end
+if ARGV[2] ~= '0' then call('XADD', KEYS[2], ARGV[2] .. '-1', 'r', ARGV[4]) end
+call('HSET', KEYS[1], 'seq', ARGV[2], 'state', 'active')
+return {'ok', meta[4]}
+"""
+)
+"""Lets everyone see it, if all items are there. KEYS meta, log; ARGV epoch, seq, number of items,
+log record to begin the log with. Returns status, number of items."""
+RECORD_DROP: Final = """#!lua flags=allow-oom
+return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])
+"""
+"""KEYS dropped; ARGV epoch, note."""
+
+PROBE: Final = """#!lua
+return 1
+"""
+"""Writes nothing, and is refused where a write would be: a script may write unless it says no."""
 
 SCAN: Final = (
     _READING

@@ -171,7 +171,7 @@ class Store:
             return found
         give_up = time.monotonic() + deadline_s
         meta = self._catalog.meta(name, deadline_s) if layout.is_safe_name(name) else None
-        if meta is None or meta.is_dropping:
+        if meta is None or not meta.is_active:
             raise NotFoundError(f"There is no collection {name}.")
         with self._administering(give_up - time.monotonic()):
             return self._adopt(meta)
@@ -334,7 +334,7 @@ class Store:
                 logger.warning("%s", collection.info().detail)
         for name in sorted(names - set(self._collections)):
             meta = self._catalog.meta(name, give_up - time.monotonic())
-            if meta is not None and not meta.is_dropping:
+            if meta is not None and meta.is_active:
                 with self._administering(give_up - time.monotonic()):
                     self._adopt(meta)
 
