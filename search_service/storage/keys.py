@@ -64,6 +64,11 @@ class Keys:
         """HASH replica id -> sequence number that is safe in its files."""
         return f"hl:{{{self.name}}}:replicas"
 
+    @property
+    def seen(self) -> str:
+        """HASH replica id -> when it was last heard of, what it has erased, where it is."""
+        return f"hl:{{{self.name}}}:seen"
+
     def request(self, epoch: str, request_id: str) -> str:
         """HASH: the answer to a write. The epoch keeps a new collection from an old one's."""
         return f"hl:{{{self.name}}}:req:{epoch}:{request_id}"

@@ -16,6 +16,16 @@ if not meta[1] then return {'missing'} end
 if meta[1] ~= ARGV[1] then return {'epoch', meta[1]} end
 """
 
+_CLOCK = """
+local clock = call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+local function touch(key, id)
+  local seen = call('HGET', key, id)
+  local rest = seen and string.match(seen, ' .*') or ' 0 '
+  call('HSET', key, id, string.format('%.0f', now) .. rest)
+end
+"""
+
 _GUARD = "#!lua" + _EPOCH
 
 # A full memory must not keep from running what frees it.
@@ -116,8 +126,10 @@ end
 
 REGISTER: Final = (
     _FREEING_GUARD
+    + _CLOCK
     + """
 if meta[2] ~= 'active' then return {meta[2]} end
+touch(KEYS[4], ARGV[2])
 if tonumber(ARGV[3]) <= tonumber(meta[3]) then call('HSET', KEYS[3], ARGV[2], ARGV[3]) end
 local first = call('XRANGE', KEYS[2], '-', '+', 'COUNT', 1)
 local at = ARGV[4] .. '-1'
@@ -126,29 +138,73 @@ return {'ok', meta[3], first[1] and first[1][1] or '', here[1] and here[1][2][2]
 """
 )
 """Tells Redis up to where a replica is safe: from there on the log is kept. KEYS meta, log,
-replicas; ARGV epoch, replica id, checkpointed seq, applied seq. Returns status, seq, first entry of
-the log, the log record at the applied seq."""
+replicas, seen; ARGV epoch, replica id, checkpointed seq, applied seq. Returns status, seq, first
+entry of the log, the log record at the applied seq."""
 
 TRIM: Final = (
     _FREEING_GUARD
+    + _CLOCK
     + """
 if meta[2] ~= 'active' then return {meta[2]} end
 local own = tonumber(ARGV[3])
 if own > tonumber(meta[3]) then return {'behind'} end
+touch(KEYS[4], ARGV[2])
 call('HSET', KEYS[3], ARGV[2], ARGV[3])
-local floor = own
-for _, seq in ipairs(call('HVALS', KEYS[3])) do
-  floor = math.min(floor, tonumber(seq))
+local entry = call('XRANGE', KEYS[2], '-', '+', 'COUNT', 1)[1]
+local first = entry and tonumber(string.match(entry[1], '%d+')) or 0
+local seen, floor = {}, own
+local found = call('HGETALL', KEYS[4])
+for i = 1, #found, 2 do
+  local silent = now - tonumber(string.match(found[i + 1], '%d+'))
+  if silent > tonumber(ARGV[6]) then
+    call('HDEL', KEYS[4], found[i])
+    call('HDEL', KEYS[3], found[i])
+  elseif silent <= tonumber(ARGV[5]) then
+    seen[found[i]] = true
+  end
+end
+found = call('HGETALL', KEYS[3])
+for i = 1, #found, 2 do
+  local seq = tonumber(found[i + 1])
+  if seen[found[i]] and math.max(seq, 1) >= first then floor = math.min(floor, seq) end
 end
 floor = math.max(floor, own - tonumber(ARGV[4]))
 call('XTRIM', KEYS[2], 'MINID', '=', string.format('%.0f-1', floor))
 return {'ok', string.format('%.0f', floor)}
 """
 )
-"""Moves a replica's checkpoint and trims the log to the slowest, within a budget. The entry at the
-checkpoint itself stays: by it a replica knows the log for its own. KEYS meta, log, replicas; ARGV
-epoch, replica id, checkpointed seq, most entries to keep for slower replicas. Returns status, seq;
-a Redis that has lost what the replica holds keeps its log."""
+"""Moves a replica's checkpoint and trims the log to the slowest that is live, within a budget. The
+entry at the checkpoint itself stays: by it a replica knows the log for its own. Not waited for are
+replicas that were silent for too long and those whose place in the log is gone already. KEYS meta,
+log, replicas, seen; ARGV epoch, replica id, checkpointed seq, most entries to keep for slower
+replicas, milliseconds of silence after which a replica is not waited for, and after which it is
+forgotten. Returns status, seq; a Redis that has lost what the replica holds keeps its log."""
+
+HELLO: Final = (
+    _FREEING_GUARD
+    + _CLOCK
+    + """
+call('HSET', KEYS[2], ARGV[2], string.format('%.0f %s %s', now, ARGV[3], ARGV[4]))
+return {'ok'}
+"""
+)
+"""Says that a replica is alive, by the server's own clock. KEYS meta, seen; ARGV epoch, replica id,
+erased seq, address."""
+
+REPLICAS: Final = (
+    "#!lua flags=no-writes"
+    + _EPOCH
+    + """
+local clock = call('TIME')
+local first = call('XRANGE', KEYS[2], '-', '+', 'COUNT', 1)
+return {
+  'ok', meta[3], first[1] and first[1][1] or '', clock[1], clock[2],
+  call('HGETALL', KEYS[3]), call('HGETALL', KEYS[4])
+}
+"""
+)
+"""Says which replicas there are. KEYS meta, log, replicas, seen; ARGV epoch. Returns status, seq,
+first entry of the log, the server's clock in seconds and microseconds, and both hashes."""
 
 DROP_BEGIN: Final = (
     _FREEING_GUARD
@@ -173,11 +229,11 @@ DROP_END: Final = (
     _FREEING_GUARD
     + """
 if meta[2] ~= 'dropping' then return {'active'} end
-call('UNLINK', KEYS[1], KEYS[2], KEYS[3])
+call('UNLINK', unpack(KEYS))
 return {'ok'}
 """
 )
-"""Removes what is left of it. KEYS meta, log, replicas; ARGV epoch."""
+"""Removes what is left of it. KEYS meta, log, replicas, seen; ARGV epoch."""
 
 RESTORE_BEGIN: Final = """#!lua
 local call = redis.call
@@ -279,3 +335,18 @@ return found
 """Looks at items at one moment. KEYS meta, then bucket and payload bucket of each; ARGV epoch, the
 ids. Returns status, seq, number of items, then value and extras of each, empty where there are
 none."""
+
+MARK: Final = (
+    _FREEING_GUARD
+    + """
+if meta[2] ~= 'active' then return {meta[2]} end
+if tonumber(meta[3]) < tonumber(ARGV[3]) then return {'behind', meta[3]} end
+local seq = string.format('%.0f', tonumber(meta[3]) + 1)
+call('XADD', KEYS[2], seq .. '-1', 'r', ARGV[2])
+call('HSET', KEYS[1], 'seq', seq, 'erase_seq', seq)
+return {'ok', seq}
+"""
+)
+"""Asks all replicas to erase what is dead by now. The mark is a version of its own: once all have
+it safe in their files, the log holds nothing that was written before. KEYS meta, log; ARGV epoch,
+the mark's log record, a seq that Redis is known to have had. Returns status, seq."""

@@ -231,6 +231,8 @@ def test_bad_options(
         ),
         ("Verify", spb.VerifyRequest(), Code.INVALID_ARGUMENT, "collection"),
         ("Verify", spb.VerifyRequest(collection="none"), Code.NOT_FOUND, ""),
+        ("Compact", spb.CompactRequest(), Code.INVALID_ARGUMENT, "collection"),
+        ("Compact", spb.CompactRequest(collection="none"), Code.NOT_FOUND, ""),
     ],
 )
 def test_bad_requests(

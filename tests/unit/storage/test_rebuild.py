@@ -24,8 +24,9 @@ from hashlens.errors import (
 )
 from hashlens.types import CollectionSpec, FeatureDtype
 from search_service.storage import Store, StoreConfig
+from search_service.storage.data_dir import clean
 from search_service.storage.failpoints import VARIABLE, arm
-from search_service.storage.local import LocalCollection, clean
+from search_service.storage.local import LocalCollection
 from search_service.storage.rebuild import Rebuilt, install
 from tests.support.around import Around
 from tests.support.redis_server import RedisServer, server_binaries
