@@ -472,6 +472,26 @@ class AuditResult:
 
 
 @dataclass(frozen=True, slots=True)
+class VerifyResult:
+    """What a comparison of Redis with a replica's files found."""
+
+    version: int
+    """At which both were compared; after a repair, the one at which they were compared again."""
+    n_catalog_items: int
+    """Items in Redis."""
+    n_array_items: int
+    """Items in the files."""
+    differences: tuple[str, ...]
+    """A line for each, the first thousand."""
+    n_differences: int
+    n_repaired: int
+    """How many of them are gone since."""
+    digest: bytes
+    """Of all items of the replica, 16 bytes: two replicas at one version have the same. Empty where
+    the files do not hold together."""
+
+
+@dataclass(frozen=True, slots=True)
 class BallPart:
     """A part of a ball, as it is streamed."""
 

@@ -52,6 +52,7 @@ from search_service.snapshot import Snapshot
 from search_service.storage.collection import Collection
 from search_service.storage.store import Store, StoreConfig
 from search_service.store_metrics import store_metrics
+from search_service.verify import Verifier, VerifyRpc
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ _LOOKUP_S = 2.0
 _ADVICE = "ask for fewer hits, or leave features out"
 
 
-class SearchServicer(CompactRpc):
+class SearchServicer(CompactRpc, VerifyRpc):
     """Answers the RPCs; a `hashlens.rpc.server.Service`.
 
     Parameters
@@ -94,6 +95,8 @@ class SearchServicer(CompactRpc):
         self._auditor = Auditor(max_audits=config.max_audits)
         self._erasures = Erasures()
         self._stack.callback(self._erasures.close)
+        self._verifier = Verifier()
+        self._stack.callback(self._verifier.close)
         self._replicas = ReplicaServicer(
             ServingLimits(config.max_copies, config.copy_mb_per_s * 1e6)
         )

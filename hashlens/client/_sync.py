@@ -32,6 +32,7 @@ from hashlens.types import (
     SearchOptions,
     SearchResult,
     ServiceHealth,
+    VerifyResult,
     WriteResult,
 )
 from hashlens.v1 import encoder_service_pb2 as enc
@@ -435,6 +436,31 @@ class Client:
             raise error_of_call(failure) from None
         finally:
             call.cancel()
+
+    def verify(
+        self, collection: str, *, repair: bool = False, deadline_s: float | None = None
+    ) -> VerifyResult:
+        """Compare Redis with the answering replica's files, and check every checksum.
+
+        Searching and writing go on. Reads everything, so allow more time than for a search.
+
+        Parameters
+        ----------
+        collection
+            Its name.
+        repair
+            Make the files anew if anything differs, with all features that are whole.
+        deadline_s
+            Time for the call, in seconds; None for the client's.
+
+        Raises
+        ------
+        OverloadedError
+            The server is at another check.
+        """
+        request = spb.VerifyRequest(collection=collection, repair=repair)
+        reply = self._call(self._search.Verify, request, deadline_s)
+        return convert.verify_from_proto(reply)
 
     # -- health ----------------------------------------------------------------------------------
 

@@ -51,6 +51,7 @@ from hashlens.convert.search import (
     result_from_proto,
     result_to_proto,
 )
+from hashlens.convert.verify import verify_from_proto, verify_to_proto
 
 __all__ = [
     "audit_from_proto",
@@ -96,4 +97,6 @@ __all__ = [
     "result_to_proto",
     "spec_from_proto",
     "spec_to_proto",
+    "verify_from_proto",
+    "verify_to_proto",
 ]

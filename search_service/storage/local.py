@@ -199,6 +199,11 @@ class LocalCollection:
         """Rows and bytes applied since the last checkpoint began."""
         return self._rows_since_checkpoint, self._bytes_since_checkpoint
 
+    @property
+    def segment_bytes(self) -> int:
+        """How long a full file of features is; for codes only, how many rows it would have."""
+        return self._arrays.rows_per_segment * max(layout.feature_bytes(self.spec), 1)
+
     def frozen(self) -> Frozen:
         """Return everything in the files at this moment, for who compares it."""
         with self._lock:

@@ -59,6 +59,11 @@ class RowTable:
         found = self.last_rows(ids, stored, self.rows)
         return [None if row is None or self.is_dead(row) else row for row in found]
 
+    def misled(self, stored: StoredIds) -> NDArray[np.int64]:
+        """Return the rows that are not found by their ids: int64, none if all is well."""
+        self.index(stored)
+        return self._ids.misled(stored)
+
     def is_dead(self, row: int) -> bool:
         """Tell whether a row was deleted or replaced."""
         return row < len(self._dead) and bool(self._dead[row])
