@@ -15,6 +15,7 @@ from hashlens.convert.collection import (
     item_to_proto,
     spec_from_proto,
     spec_to_proto,
+    tags_from_proto,
 )
 from hashlens.convert.embedding import (
     code_from_proto,
@@ -48,6 +49,7 @@ from hashlens.convert.search import (
     result_from_proto,
     result_to_proto,
 )
+from hashlens.convert.tag_filter import filter_from_proto, filter_to_proto
 
 __all__ = [
     "audit_from_proto",
@@ -65,6 +67,8 @@ __all__ = [
     "encode_timings_to_proto",
     "feature_from_proto",
     "feature_to_proto",
+    "filter_from_proto",
+    "filter_to_proto",
     "hit_from_proto",
     "hit_to_proto",
     "info_from_proto",
@@ -89,4 +93,5 @@ __all__ = [
     "result_to_proto",
     "spec_from_proto",
     "spec_to_proto",
+    "tags_from_proto",
 ]
