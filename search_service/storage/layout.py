@@ -132,6 +132,11 @@ def pack_delete(item_id: bytes) -> bytes:
     return _RECORD.pack(DELETE, len(item_id), 0, 0) + item_id
 
 
+def pack_expire(item_id: bytes, seq: int) -> bytes:
+    """Return what removes an item unless it was written again since `seq`."""
+    return seq.to_bytes(8, "little") + pack_delete(item_id)
+
+
 def unpack_record(seq: int, raw: bytes, n_bits: int, feature_bytes: int) -> LogRecord:
     """Read a log record.
 

@@ -138,6 +138,13 @@ class LocalCollection:
         """The newest version; cheap, takes no lock."""
         return self._snapshot
 
+    @property
+    def rows_at(self) -> RowsAt:
+        """What the newest version knows of its rows beside what is searched."""
+        found = self._snapshot.ids
+        assert isinstance(found, RowsAt)
+        return found
+
     def index_ids(self) -> None:
         """Make ready to find rows by their ids, unless that is done; searching needs it not.
 
@@ -218,6 +225,7 @@ class LocalCollection:
             self._bytes_since_checkpoint += sum(len(record.raw) for record in records)
         reach("append.publish")
         snapshot = self._build()
+        snapshot.ids.index_tags()
         with self._published:
             self._snapshot = snapshot
             self._published.notify_all()

@@ -60,6 +60,8 @@ class StoreConfig:
     """About how long a file of features gets, in bytes."""
     redis_timeout_s: float = 5.0
     """The longest wait for one reply of Redis, in seconds."""
+    expire_interval_s: float = 1.0
+    """How often to look for items that have expired, in seconds."""
     discovery_interval_s: float = 2.0
     """How often to look for collections that other processes made or dropped, in seconds."""
 
@@ -88,6 +90,7 @@ class Store:
         self._threads = [
             threading.Thread(target=self._discover, name="discover", daemon=True),
             threading.Thread(target=self._checkpoint, name="checkpoint", daemon=True),
+            threading.Thread(target=self._expire, name="expire", daemon=True),
         ]
 
     @classmethod
@@ -373,6 +376,22 @@ class Store:
                         collection.checkpoint()
                     except (HashlensError, OSError) as error:
                         logger.error("no checkpoint of %s: %s", collection.spec.name, error)
+
+    def _expire(self) -> None:
+        """Thread: have what has expired removed."""
+        trouble = ""
+        while not self._closing.wait(self._config.expire_interval_s):
+            for collection in list(self._collections.values()):
+                try:
+                    n_removed = collection.expire(self._closing.is_set)
+                except HashlensError as error:
+                    # Redis may have gone, or the collection: whoever looks after those says so.
+                    if str(error) != trouble:
+                        logger.info("nothing of %s expires: %s", collection.spec.name, error)
+                    trouble = str(error)
+                else:
+                    if n_removed:
+                        logger.info("%d items of %s expired", n_removed, collection.spec.name)
 
     @contextlib.contextmanager
     def _administering(self, deadline_s: float) -> Iterator[None]:
