@@ -7,10 +7,11 @@ STAMP := $(VENV)/.installed
 PIP = $(BIN)/python -m pip install --disable-pip-version-check
 PACKAGE := -e '.[encoder,search,train,bench,dev]' -c constraints.txt
 CLAIM ?=
+FAULTS ?=
 SOURCES := hashlens encoder_service search_service protos tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo claim test check format proto clean
+.PHONY: help setup demo claim test faults check format proto clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +38,10 @@ claim: $(STAMP) ## Measure the paper's claim: 2.5M rows, 32 GB free on disk, hal
 
 test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest
+
+faults: $(STAMP) ## Crash the store at every named place, hundreds of times (FAULTS='--seed N')
+	$(BIN)/python -m tests.faults.campaign $(FAULTS)
+	STATEFUL_EXAMPLES=100 $(BIN)/python -m pytest -q --timeout 1800 tests/unit/storage/test_stateful.py
 
 check: $(STAMP) ## Format, lint, types, import contracts, protos, generated code
 	$(BIN)/ruff format --check $(SOURCES)

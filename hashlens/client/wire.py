@@ -57,14 +57,16 @@ class ClientConfig:
     max_message_bytes: int = limits.MAX_MESSAGE_BYTES
     """Largest request or reply; the servers' own limit must be as high."""
     chunk_items: int = 256
-    """Most items that one Upsert or EncodeBatch carries."""
+    """Most images that one Upsert or EncodeBatch carries."""
+    chunk_embeddings: int = 4096
+    """Most items that one Upsert of embeddings carries: a call costs as much as some hundred."""
     chunk_bytes: int = 8 * 2**20
-    """About how many bytes one Upsert or EncodeBatch carries."""
+    """About how many bytes one Upsert or EncodeBatch carries, but for one larger item."""
 
     def __post_init__(self) -> None:
         if self.deadline_s <= 0:
             raise InvalidInputError("every call needs a deadline: set deadline_s above 0")
-        if self.chunk_items < 1 or self.chunk_bytes < 1:
+        if min(self.chunk_items, self.chunk_embeddings, self.chunk_bytes) < 1:
             raise InvalidInputError("a chunk holds at least one item")
 
 
@@ -93,7 +95,8 @@ class Wire:
     ) -> Iterator[enc.EncodeBatchRequest]:
         """Build the EncodeBatch calls for any number of images."""
         options = _encode_options(feature_dtype, activations)
-        for chunk in self._chunks((image, len(image)) for image in images):
+        most = self.config.chunk_items
+        for chunk in self._chunks((image, len(image), most) for image in images):
             request = enc.EncodeBatchRequest(images=chunk, options=options)
             self._check_size(request.ByteSize(), "send a smaller picture")
             yield request
@@ -114,7 +117,13 @@ class Wire:
     ) -> Iterator[spb.UpsertRequest]:
         """Build the Upsert calls for any number of items, one at a time."""
         base = request_id or uuid.uuid4().hex
-        sized = ((item, _size_bytes(item)) for item in items)
+        config = self.config
+        sized = (
+            (item, _size_bytes(item), config.chunk_embeddings)
+            if item.image is None
+            else (item, _size_bytes(item), config.chunk_items)
+            for item in items
+        )
         for n, chunk in enumerate(self._chunks(sized)):
             request = spb.UpsertRequest(collection=collection, request_id=_chunk_id(base, n))
             packed = PackedItems.of(chunk)
@@ -247,21 +256,20 @@ class Wire:
 
     # -- helpers ---------------------------------------------------------------------------------
 
-    def _chunks(self, sized: Iterable[tuple[T, int]]) -> Iterator[list[T]]:
-        """Cut (value, size in bytes) where a chunk would outgrow the configured items or bytes."""
+    def _chunks(self, sized: Iterable[tuple[T, int, int]]) -> Iterator[list[T]]:
+        """Cut (value, size in bytes, most values of its kind) where a chunk would be too large."""
         chunk: list[T] = []
         filled_bytes = 0
-        for value, size_bytes in sized:
-            if chunk and self._is_full(len(chunk), filled_bytes + size_bytes):
+        for value, size_bytes, most in sized:
+            if chunk and (
+                len(chunk) >= most or filled_bytes + size_bytes > self.config.chunk_bytes
+            ):
                 yield chunk
                 chunk, filled_bytes = [], 0
             chunk.append(value)
             filled_bytes += size_bytes
         if chunk:
             yield chunk
-
-    def _is_full(self, n_items: int, size_bytes: int) -> bool:
-        return n_items >= self.config.chunk_items or size_bytes > self.config.chunk_bytes
 
     def _options(self, collection: str, options: SearchOptions) -> spb.SearchOptions:
         """Return the wire form, made to wait for this client's own writes."""

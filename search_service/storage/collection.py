@@ -317,8 +317,13 @@ class Collection:
     def _index_tags(self) -> None:
         """Thread: index the tags, block by block, so that the first filter need not wait."""
         try:
-            while not self._stopping.is_set() and not self._local.rows_at.index_tags():
-                pass
+            took_s = 0.0
+            # Searches come first: half of one CPU's time is enough here.
+            while not self._stopping.wait(took_s):
+                began_s = time.monotonic()
+                if self._local.rows_at.index_tags():
+                    return
+                took_s = time.monotonic() - began_s
         except Exception:  # Whoever needs them tries again, and is told.
             logger.exception("the tags of %s are not indexed", self.spec.name)
 

@@ -99,7 +99,12 @@ def _set(name: str, action: str, first: int) -> None:
         _armed.actions[name] = (action, first)
 
 
-for _part in filter(None, os.environ.get(VARIABLE, "").split(",")):
-    _name, _, _rest = _part.partition("=")
-    _action, _, _first = _rest.partition("@")
-    _set(_name, _action, int(_first or 1))
+def read(specification: str) -> None:
+    """Arm what `VARIABLE` would, for the rest of this process; ValueError if it is odd."""
+    for part in filter(None, specification.split(",")):
+        name, _, rest = part.partition("=")
+        action, _, first = rest.partition("@")
+        _set(name, action, int(first or 1))
+
+
+read(os.environ.get(VARIABLE, ""))

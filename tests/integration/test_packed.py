@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
@@ -21,10 +22,16 @@ from hashlens import (
     Rank,
     SearchOptions,
     codes,
+    convert,
 )
 from hashlens.errors import HashlensError, InvalidInputError
 from hashlens.packed import PackedHits
+from hashlens.packed_items import PackedItems
+from hashlens.rpc.status import error_of_call
 from hashlens.types import SearchResult
+from hashlens.v1 import embedding_pb2 as epb
+from hashlens.v1 import search_service_pb2 as spb
+from hashlens.v1 import search_service_pb2_grpc as spb_grpc
 from search_service.engine import Engine, is_tiny
 from search_service.snapshot import Snapshot
 from tests.integration.conftest import SearchProcess
@@ -182,3 +189,53 @@ def test_a_batch_whose_answers_are_too_large_together_is_refused(served: SearchP
                 client.search_batch("heavy", queries, options=replace(options, packed=packed))
             assert len(client.search("heavy", id="3", options=options).hits) == 150
         client.drop_collection("heavy")
+
+
+def test_a_write_by_column_is_the_write_item_by_item(served: SearchProcess) -> None:
+    """The same write in either form, with one request id, is done once."""
+    rng = np.random.default_rng(5)
+    items = [Item(f"é{i}", embedding(rng, DIM), payload=b"x" * (i % 3)) for i in range(300)]
+    packed = PackedItems.of(items)
+    assert packed is not None
+    columns = convert.packed_items_to_proto(packed)
+    one_by_one = [convert.item_to_proto(item) for item in items]
+    with grpc.insecure_channel(served.target) as channel, Client(served.target, NOBODY) as client:
+        stub = spb_grpc.SearchServiceStub(channel)
+        client.create_collection("forms", spec=spec_of("forms", DIM))
+        first = stub.Upsert(
+            spb.UpsertRequest(collection="forms", packed=columns, request_id="w"), timeout=20
+        )
+        again = stub.Upsert(
+            spb.UpsertRequest(collection="forms", items=one_by_one, request_id="w"), timeout=20
+        )
+        assert (first.version, first.n_written) == (300, 300)
+        assert again == first
+        client.collection("forms")
+        found = client.get_items("forms", [item.id for item in items], with_feature=True)
+        for item, back in zip(items, found, strict=True):
+            assert convert.item_to_proto(back) == convert.item_to_proto(item)
+
+        halves = columns.features[: len(columns.features) // 2]
+        changes: list[tuple[dict[str, Any], str]] = [
+            ({"model_id": "other"}, "packed.model_id"),
+            ({"ids": b"\n" * len(columns.ids)}, "packed.ids"),
+            ({"feature_dtype": epb.FEATURE_DTYPE_F16, "features": halves}, "packed.feature_dtype"),
+        ]
+        for change, field in changes:
+            wrong = spb.PackedItems()
+            wrong.CopyFrom(columns)
+            for name, value in change.items():
+                setattr(wrong, name, value)
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.Upsert(spb.UpsertRequest(collection="forms", packed=wrong), timeout=20)
+            error = error_of_call(caught.value)
+            assert getattr(error, "field", None) == field, error
+        both = spb.UpsertRequest(collection="forms", packed=columns, items=one_by_one[:1])
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Upsert(both, timeout=20)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        narrow = [replace(items[0], embedding=embedding(rng, 0))]
+        with pytest.raises(HashlensError) as refused:
+            client.upsert("forms", narrow)
+        assert getattr(refused.value, "field", None) == "packed.dim"
+        assert client.collection("forms").version == 300

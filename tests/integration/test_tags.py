@@ -439,6 +439,15 @@ def test_what_is_no_text_is_refused_by_the_client(
 def test_a_filter_at_the_limits_is_answered(client: Client, stored: dict[str, Item]) -> None:
     many = tuple(f"{i:03}" + "x" * 252 for i in range(64))
     wanted = TagFilter(any=("cat", *many[1:]), none=many)
+    spec = CollectionSpec("limits", "m", 20, 4, FeatureDtype.F32)
+    client.create_collection("limits", spec=spec)
+    client.upsert("limits", [replace(stored["007"], tags=many)]).raise_for_failures()
+    (item,) = client.get_items("limits", ["007"])
+    assert item.tags == many
+    every = SearchOptions(filter=TagFilter(all=many))
+    assert [hit.id for hit in client.search("limits", id="007", options=every).hits] == ["007"]
+    with pytest.raises(InvalidInputError):
+        client.upsert("limits", [replace(stored["007"], tags=(*many, "one more"))])
     result = client.search("tags", id="007", options=SearchOptions(k=1000, filter=wanted))
     assert {h.id for h in result.hits} == {i for i, item in stored.items() if "cat" in item.tags}
 

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hashlens import codes, convert
+from hashlens.errors import CancelledError, DeadlineError
 from hashlens.types import Embedding, SearchOptions, SearchResult, TagFilter
-from search_service import ball, coarse, scan
+from search_service import ball, coarse, filtered, scan, views
 from search_service.ball_stream import Ball, BallStreamer
 from search_service.cancel import Cancel
 from search_service.engine import Ask, Engine
@@ -179,3 +180,51 @@ def test_nobody_has_a_tag_in_arrays_of_ones_own() -> None:
     assert len(ENGINE.search(snapshot, query, none).hits) == 3
     assert len(ENGINE.search(snapshot, query, some).hits) == 0
     assert ENGINE.search(snapshot, query, some).receipt.rows_scanned == 0
+
+
+class Unready:
+    """Ids of a table whose tags are never indexed."""
+
+    def __init__(self, ids: Any) -> None:
+        self.ids = ids
+        self.n_asked = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ids, name)
+
+    def index_tags(self) -> bool:
+        self.n_asked += 1
+        return False
+
+
+def test_who_waits_for_the_index_helps_until_the_deadline() -> None:
+    snapshot = Snapshot.from_arrays(np.zeros((3, 1), np.uint8), n_bits=8)
+    unready = Unready(snapshot.ids)
+    snapshot = replace(snapshot, ids=unready)
+    wanted = TagFilter(none=("a",))
+    with pytest.raises(DeadlineError):
+        asyncio.run(filtered.reached(snapshot, wanted, time.monotonic() + 0.2))
+    assert unready.n_asked > 0
+    with pytest.raises(DeadlineError):
+        filtered.filtered(snapshot, wanted, Cancel(0.1))
+    left = Cancel()
+    left.set()
+    with pytest.raises(CancelledError):
+        filtered.filtered(snapshot, wanted, left)
+    assert asyncio.run(filtered.reached(snapshot, None, 0)) is snapshot
+
+
+def test_views_make_room_for_those_asked_for_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views, "_MAX_BYTES", 250)
+    snapshot = Snapshot.from_arrays(np.zeros((3, 1), np.uint8), n_bits=8)
+    one, two, three = (TagFilter(any=(tag,)) for tag in "abc")
+    kept = views.Views()
+    for wanted in (one, two):
+        kept.put(wanted, snapshot, 100)
+    assert kept.get(one) is snapshot
+    kept.put(three, snapshot, 100)
+    assert [kept.get(wanted) for wanted in (one, two, three)] == [snapshot, None, snapshot]
+    kept.put(two, snapshot, 1000)  # larger than all the room: kept, and alone
+    assert [kept.get(wanted) for wanted in (one, two, three)] == [None, snapshot, None]
+    kept.put(one, snapshot, 100)
+    assert [kept.get(wanted) for wanted in (one, two)] == [snapshot, None]

@@ -6,22 +6,26 @@ writes that are acknowledged, after each.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hashlens.types import CollectionSpec, FeatureDtype
-from search_service.storage import Record, Store, StoreConfig
-from tests.support.stores import DEADLINE_S, Model, make_record
+from search_service.storage import Record, Store, StoreConfig, failpoints
+from tests.support.stores import DEADLINE_S, Model, make_record, make_records
 
 SPEC = CollectionSpec("killed", "m", 48, 16, FeatureDtype.F16, 1000)
+OTHER = "other"
+"""The collection that comes and goes."""
 
 Step = tuple[str, list[Record]]
 
@@ -49,7 +53,12 @@ def model_after(history: list[Step]) -> Model:
 
 
 def write(order: dict[str, Any]) -> None:
-    """Write from where the last writer was stopped, checkpointing at random moments."""
+    """Write from where the last writer was stopped, checkpointing at random moments.
+
+    An order may name failpoints, as the environment would, and what else is to go on meanwhile:
+    ``churn``: another collection comes and goes; ``compact``: this one is compacted.
+    """
+    failpoints.read(order.get("failpoints", ""))
     config = StoreConfig(
         data_dir=Path(order["data_dir"]), redis_url=order["redis_url"], segment_bytes=4096
     )
@@ -62,7 +71,17 @@ def write(order: dict[str, Any]) -> None:
             time.sleep(moments.uniform(0, 0.05))
             collection.checkpoint()
 
-    threading.Thread(target=checkpoints, daemon=True).start()
+    def churn() -> None:
+        spec = replace(SPEC, name=OTHER)
+        for number in itertools.count():
+            other = store.create(spec, deadline_s=DEADLINE_S)
+            records = make_records(spec, 20, seed=number)
+            other.upsert(records, request_id=f"{number}", deadline_s=DEADLINE_S)
+            store.drop(OTHER, deadline_s=DEADLINE_S)
+
+    tasks = [checkpoints] + [churn] * bool(order.get("churn"))
+    for task in tasks:
+        threading.Thread(target=task, daemon=True).start()
     for number, (kind, records) in enumerate(steps(order["seed"], order["last"])):
         if number < order["first"]:
             continue

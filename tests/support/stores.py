@@ -62,6 +62,8 @@ class Model:
 
     def upsert(self, records: list[Record]) -> None:
         for record in records:
+            # Behind the others: a replaced item is as young as its last write.
+            self.items.pop(record.id, None)
             self.items[record.id] = record
             self.version += 1
 

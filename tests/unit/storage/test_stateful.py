@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -19,10 +20,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from hashlens.codes import n_bytes
 from hashlens.errors import InvalidInputError
-from hashlens.types import CollectionSpec, FeatureDtype
+from hashlens.types import CollectionSpec, Embedding, FeatureDtype, SearchOptions
+from search_service.engine import Engine
 from search_service.snapshot import Snapshot
 from search_service.storage import Record, Store, StoreConfig
+from tests.reference import search as reference
 from tests.support.redis_server import RedisServer
 from tests.support.stores import (
     DEADLINE_S,
@@ -37,6 +41,9 @@ from tests.support.stores import (
 IDS = st.sampled_from([f"i{n}" for n in range(12)] + ["\u00e9", "\U0001f600", " ", "x" * 300])
 BATCHES = st.lists(IDS, min_size=1, max_size=8)
 NAMES = itertools.count()
+ENGINE = Engine()
+EXAMPLES = int(os.environ.get("STATEFUL_EXAMPLES", "8"))
+"""Histories; ``make faults`` asks for more."""
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -104,6 +111,46 @@ class StoreMachine(RuleBasedStateMachine):
         with self.server.client() as client:
             assert_in_redis(client, self.spec.name, self.model)
 
+    @rule(
+        code=st.binary(min_size=64, max_size=64),
+        k=st.integers(1, 5),
+        min_pool=st.integers(0, 9),
+        max_pool=st.sampled_from([None, 5]),
+    )
+    def search(self, code: bytes, k: int, min_pool: int, max_pool: int | None) -> None:
+        spec, items = self.spec, list(self.model.items.values())
+        snapshot = self.collection.wait_for(self.model.version, DEADLINE_S)
+        wanted = bytearray(code[: n_bytes(spec.n_bits)])
+        if spec.n_bits % 8:
+            wanted[-1] &= (1 << spec.n_bits % 8) - 1
+        numbers = None
+        features = None
+        if spec.dim:
+            dtype = spec.feature_dtype.numpy
+            numbers = np.frombuffer(code[: spec.dim], dtype=np.uint8).astype(dtype) / 100
+            features = np.array([np.frombuffer(r.feature, dtype) for r in items]).reshape(
+                -1, spec.dim
+            )
+        # Age, which decides whom a cap keeps, is the order of the writes that count.
+        table = reference.Table(
+            [r.code for r in items], spec.n_bits, [r.id for r in items], features
+        )
+        expected = reference.search(
+            table,
+            bytes(wanted),
+            numbers,
+            k=k,
+            radius_bits=None,
+            min_pool=min_pool,
+            max_pool=max_pool,
+            by_feature=spec.dim > 0,
+        )
+        options = SearchOptions(k=k, min_pool=min_pool, max_pool=max_pool)
+        query = Embedding(bytes(wanted), spec.n_bits, "m", numbers)
+        found = ENGINE.search(snapshot, query, options)
+        assert [(hit.id, hit.hamming_bits, hit.distance) for hit in found.hits] == expected.hits
+        assert found.receipt.pool_size == expected.pool_size
+
     @rule()
     def checkpoint(self) -> None:
         self.collection.wait_for(self.model.version, DEADLINE_S)
@@ -150,7 +197,7 @@ def test_random_histories(server: RedisServer) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=8,
+            max_examples=EXAMPLES,
             stateful_step_count=20,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
