@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -30,19 +29,20 @@ from hashlens.types import (
 )
 from search_service.snapshot import Snapshot
 from search_service.storage import layout
-from search_service.storage.catalog import CHUNK_ITEMS, Catalog, Raw
+from search_service.storage.catalog import Catalog, Raw
+from search_service.storage.expiry import remove_expired
 from search_service.storage.failpoints import reach
 from search_service.storage.follower import Follower
 from search_service.storage.keys import Meta
 from search_service.storage.local import LocalCollection
 from search_service.storage.packed_records import packed_records
 from search_service.storage.records import Record
+from search_service.storage.tag_builder import TagBuilder
 
 logger = logging.getLogger(__name__)
 
 _SETTLE_S = 1.0
 _TRIM_S = 2.0
-_EXPIRE_S = 2.0
 _MAX_LAG_BYTES = 64 << 20
 """About how much of the log may be acknowledged and not yet applied here."""
 
@@ -89,10 +89,7 @@ class Collection:
         """About the last write of this replica's own callers."""
         self._meta = Meta(local.spec, local.epoch, local.n_buckets, local.seq, False)
         self._checkpointed_at = time.monotonic()
-        self._stopping = threading.Event()
-        self._indexer = threading.Thread(
-            target=self._index_tags, name=f"tags-{local.spec.name}", daemon=True
-        )
+        self._tags = TagBuilder(local)
 
     @property
     def spec(self) -> CollectionSpec:
@@ -241,18 +238,7 @@ class Collection:
         """
         if self._follower.trouble is not None:
             return 0
-        rows_at = self._local.rows_at
-        rows = rows_at.due(time.time_ns() // 1_000_000)
-        n_removed = 0
-        for first in range(0, len(rows), CHUNK_ITEMS):
-            if should_stop():
-                break
-            chunk = rows[first : first + CHUNK_ITEMS]
-            seqs = rows_at.ids.records["seq"][chunk].tolist()
-            written = zip(map(str.encode, rows_at.ids_of(chunk)), seqs, strict=True)
-            doomed = [Raw(item_id, layout.pack_expire(item_id, seq)) for item_id, seq in written]
-            n_removed += self._catalog.expire(self._meta, doomed, _EXPIRE_S).n_items
-        return n_removed
+        return remove_expired(self._local.snapshot, self._catalog, self._meta, should_stop)
 
     def checkpoint(self) -> int:
         """Make everything applied so far safe in the local files; return the version that is.
@@ -301,35 +287,18 @@ class Collection:
     def start(self) -> None:
         """Begin to follow the log, and to index the tags that are there."""
         self._follower.start()
-        self._indexer.start()
+        self._tags.start()
 
     def stop(self) -> None:
         """Ask the threads to end; `close` and `remove` wait for them."""
-        self._stopping.set()
+        self._tags.stop()
         self._follower.stop()
-
-    def _join(self) -> None:
-        self.stop()
-        self._follower.join()
-        if self._indexer.ident is not None:
-            self._indexer.join()
-
-    def _index_tags(self) -> None:
-        """Thread: index the tags, block by block, so that the first filter need not wait."""
-        try:
-            took_s = 0.0
-            # Searches come first: half of one CPU's time is enough here.
-            while not self._stopping.wait(took_s):
-                began_s = time.monotonic()
-                if self._local.rows_at.index_tags():
-                    return
-                took_s = time.monotonic() - began_s
-        except Exception:  # Whoever needs them tries again, and is told.
-            logger.exception("the tags of %s are not indexed", self.spec.name)
 
     def close(self) -> None:
         """End, with a last checkpoint. Snapshots that are in use stay valid."""
-        self._join()
+        self.stop()
+        self._follower.join()
+        self._tags.join()
         try:
             self.checkpoint()
         except (OSError, HashlensError) as error:
@@ -338,7 +307,9 @@ class Collection:
 
     def remove(self) -> None:
         """End, and delete the local files. Snapshots that are in use stay valid."""
-        self._join()
+        self.stop()
+        self._follower.join()
+        self._tags.join()
         self._local.remove()
 
     def _check_writable(self, deadline_s: float) -> None:

@@ -1,64 +1,52 @@
-"""Which rows have outlived themselves."""
+"""Has Redis remove what has expired, by the log, so that all replicas lose it at one version."""
 
 from __future__ import annotations
 
-from typing import Any, Final
+import logging
+import time
+from collections.abc import Callable
 
-import numpy as np
-from numpy.typing import NDArray
+from search_service.snapshot import Snapshot
+from search_service.storage import layout
+from search_service.storage.catalog import CHUNK_ITEMS, Catalog, Raw
+from search_service.storage.keys import Meta
+from search_service.storage.rows import rows_of
 
-_BLOCK_ROWS: Final = 1 << 20
-_NEVER: Final = (1 << 64) - 1
+logger = logging.getLogger(__name__)
+
+_CALL_S = 2.0
 
 
-class Expiry:
-    """Finds the rows of one table that have expired; for one thread at a time.
+def remove_expired(
+    snapshot: Snapshot, catalog: Catalog, meta: Meta, should_stop: Callable[[], bool]
+) -> int:
+    """Have what has expired removed; return how many items were.
 
-    The earliest expiry of all rows seen is kept, so looking costs nothing until then. It may be
-    that of a row that is dead by now: looking once for nothing mends that.
+    Parameters
+    ----------
+    snapshot
+        The newest version here. What is newer in Redis stays as it is.
+    catalog, meta
+        Where, and of which collection.
+    should_stop
+        Polled between calls to Redis, each of which removes a few hundred.
+
+    Raises
+    ------
+    HashlensError
+        Redis refuses, or has gone away. The next call does what is left.
     """
-
-    def __init__(self) -> None:
-        self._rows = 0
-        self._earliest_ms = _NEVER
-
-    def due(
-        self, records: NDArray[Any], dead: NDArray[np.uint8] | None, now_ms: int
-    ) -> NDArray[np.int64]:
-        """Return the rows that are alive and have expired: int64, ascending.
-
-        Parameters
-        ----------
-        records
-            `layout.ROW`, shape ``[rows]``; as many rows as in the call before, or more.
-        dead
-            1 for each dead row, shape ``[rows]``; None without any.
-        now_ms
-            Milliseconds since 1970.
-        """
-        expires_ms = records["expires_ms"]
-        n_rows = len(expires_ms)
-        if self._rows < n_rows:
-            self._earliest_ms = min(self._earliest_ms, _earliest(expires_ms[self._rows :]))
-            self._rows = n_rows
-        if self._earliest_ms > now_ms:
-            return np.zeros(0, dtype=np.int64)
-        found: list[NDArray[np.int64]] = []
-        earliest_ms = _NEVER
-        for first in range(0, n_rows, _BLOCK_ROWS):
-            # Less one, 0 is the latest of all.
-            last_ms = expires_ms[first : first + _BLOCK_ROWS] - np.uint64(1)
-            if dead is not None:
-                last_ms[dead[first : first + _BLOCK_ROWS] != 0] = _NEVER
-            found.append(np.flatnonzero(last_ms < np.uint64(now_ms)) + first)
-            earliest_ms = min(earliest_ms, int(last_ms.min()) + 1)
-        self._earliest_ms = min(earliest_ms, _NEVER)
-        return np.concatenate(found)
-
-
-def _earliest(expires_ms: NDArray[np.uint64]) -> int:
-    earliest_ms = _NEVER
-    for first in range(0, len(expires_ms), _BLOCK_ROWS):
-        last_ms = expires_ms[first : first + _BLOCK_ROWS] - np.uint64(1)
-        earliest_ms = min(earliest_ms, int(last_ms.min()) + 1)
-    return earliest_ms
+    rows_at = rows_of(snapshot)
+    rows = rows_at.due(time.time_ns() // 1_000_000)
+    n_removed = 0
+    for first in range(0, len(rows), CHUNK_ITEMS):
+        if should_stop():
+            break
+        chunk = rows[first : first + CHUNK_ITEMS]
+        seqs = rows_at.ids.records["seq"][chunk].tolist()
+        written = zip(map(str.encode, rows_at.ids_of(chunk)), seqs, strict=True)
+        doomed = [Raw(item_id, layout.pack_expire(item_id, seq)) for item_id, seq in written]
+        n_removed += catalog.expire(meta, doomed, _CALL_S).n_items
+    if n_removed:
+        logger.info("%d items of %s have expired", n_removed, meta.spec.name)
+    return n_removed

@@ -138,13 +138,6 @@ class LocalCollection:
         """The newest version; cheap, takes no lock."""
         return self._snapshot
 
-    @property
-    def rows_at(self) -> RowsAt:
-        """What the newest version knows of its rows beside what is searched."""
-        found = self._snapshot.ids
-        assert isinstance(found, RowsAt)
-        return found
-
     def index_ids(self) -> None:
         """Make ready to find rows by their ids, unless that is done; searching needs it not.
 

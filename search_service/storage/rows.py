@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hashlens.types import TagFilter
-from search_service.snapshot import Texts, read_only
+from search_service.snapshot import Snapshot, Texts, read_only
 from search_service.storage import layout
-from search_service.storage.expiry import Expiry
+from search_service.storage.due import DueRows
 from search_service.storage.id_index import IdIndex, StoredIds
 from search_service.storage.tag_index import TagIndex
 
@@ -37,7 +37,7 @@ class RowTable:
         self._ids = IdIndex()
         self.tags = TagIndex()
         """Which rows have each tag."""
-        self.expiry = Expiry()
+        self.due = DueRows()
         """Which rows have expired; for one thread."""
         self._dead: NDArray[np.uint8] = np.zeros(0, dtype=np.uint8)
         """1 where a row is dead; longer than the rows, so that appending needs no copy."""
@@ -174,7 +174,13 @@ class RowsAt:
 
     def due(self, now_ms: int) -> NDArray[np.int64]:
         """Return the rows that are alive and have expired: int64; for one thread at a time."""
-        return self.table.expiry.due(self.ids.records, self.dead, now_ms)
+        return self.table.due.find(self.ids.records, self.dead, now_ms)
+
+
+def rows_of(snapshot: Snapshot) -> RowsAt:
+    """Return what a snapshot of the store's knows of its rows beside what is searched."""
+    assert isinstance(snapshot.ids, RowsAt), "another's snapshot"
+    return snapshot.ids
 
 
 def _slices(texts: Texts, rows: NDArray[np.int64]) -> list[bytes]:

@@ -379,19 +379,13 @@ class Store:
 
     def _expire(self) -> None:
         """Thread: have what has expired removed."""
-        trouble = ""
         while not self._closing.wait(self._config.expire_interval_s):
             for collection in list(self._collections.values()):
                 try:
-                    n_removed = collection.expire(self._closing.is_set)
+                    collection.expire(self._closing.is_set)
                 except HashlensError as error:
-                    # Redis may have gone, or the collection: whoever looks after those says so.
-                    if str(error) != trouble:
-                        logger.info("nothing of %s expires: %s", collection.spec.name, error)
-                    trouble = str(error)
-                else:
-                    if n_removed:
-                        logger.info("%d items of %s expired", n_removed, collection.spec.name)
+                    # Redis has gone, or the collection: whoever looks after those warns.
+                    logger.info("nothing of %s expires: %s", collection.spec.name, error)
 
     @contextlib.contextmanager
     def _administering(self, deadline_s: float) -> Iterator[None]:

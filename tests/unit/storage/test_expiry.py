@@ -15,7 +15,7 @@ from hashlens.errors import PreconditionError
 from hashlens.types import CollectionSpec, FeatureDtype
 from search_service.storage import Collection, Record, Store, StoreConfig, layout
 from search_service.storage.catalog import Catalog, Raw
-from search_service.storage.expiry import Expiry
+from search_service.storage.due import DueRows
 from tests.support.redis_server import RedisServer, server_binaries
 from tests.support.stores import (
     DEADLINE_S,
@@ -200,7 +200,7 @@ def test_nothing_expires_while_redis_is_away(
 @pytest.mark.parametrize("seed", range(3))
 def test_due_rows_against_the_definition(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    expiry = Expiry()
+    due = DueRows()
     records = np.zeros(3000, dtype=layout.ROW)
     records["expires_ms"] = rng.choice([0, 100, 200, 300, FAR_MS], 3000)
     dead = np.zeros(3000, np.uint8)
@@ -214,7 +214,7 @@ def test_due_rows_against_the_definition(seed: int) -> None:
             for row in range(rows)
             if not dead[row] and 0 < int(records["expires_ms"][row]) <= clock_ms
         ]
-        found = expiry.due(known, flags if flags.any() else None, clock_ms)
+        found = due.find(known, flags if flags.any() else None, clock_ms)
         assert found.tolist() == expected
         dead[[row for row in expected if rng.random() < 0.7]] = 1
         dead[rng.integers(0, max(rows, 1), 5)] = 1
@@ -225,11 +225,11 @@ def test_looking_costs_nothing_before_anything_is_due(monkeypatch: pytest.Monkey
     read: list[int] = []
     real = np.flatnonzero
     monkeypatch.setattr(np, "flatnonzero", lambda a: (read.append(len(a)), real(a))[1])
-    expiry = Expiry()
+    due = DueRows()
     records = np.zeros(100, dtype=layout.ROW)
     records["expires_ms"][7] = 1000
     for _ in range(3):
-        assert len(expiry.due(records, None, 999)) == 0
+        assert len(due.find(records, None, 999)) == 0
     assert read == []
-    assert expiry.due(records, None, 1000).tolist() == [7]
+    assert due.find(records, None, 1000).tolist() == [7]
     assert read == [100]
