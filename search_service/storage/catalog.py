@@ -185,7 +185,7 @@ class Catalog:
     def record_drop(self, name: str, epoch: str, deadline_s: float) -> None:
         """Let all replicas know that an epoch was dropped on purpose."""
         note = f"{name} {time.time():.0f}"
-        self._caller.run(lambda client: client.hsetnx(DROPPED, epoch, note), deadline_s)
+        self._script(scripts.RECORD_DROP, [DROPPED], [epoch, note], deadline_s)
 
     def put(
         self,
@@ -194,6 +194,7 @@ class Catalog:
         *,
         request_id: str,
         deadline_s: float,
+        known_seq: int = 0,
         content: bytes | None = None,
     ) -> Written:
         """Write items, replacing those whose ids are there.
@@ -208,6 +209,8 @@ class Catalog:
             Names this write.
         deadline_s
             The longest to wait, in seconds.
+        known_seq
+            What Redis has had already: if it has less now, it has lost writes and gets no more.
         content
             What the request id is tied to; None: the items.
 
@@ -216,13 +219,13 @@ class Catalog:
         InvalidInputError
             The request id was used for something else.
         PreconditionError
-            Redis has another epoch of the collection, or none.
+            Redis has another epoch of the collection, or none, or it has lost writes.
         NotFoundError
             The collection is being dropped.
         DeadlineError
             Only a part is written.
         """
-        return self._write(scripts.PUT, meta, items, request_id, deadline_s, content)
+        return self._write(scripts.PUT, meta, items, request_id, deadline_s, known_seq, content)
 
     def delete(
         self,
@@ -231,9 +234,10 @@ class Catalog:
         *,
         request_id: str,
         deadline_s: float,
+        known_seq: int = 0,
     ) -> Written:
         """Remove items; raises as `put`."""
-        return self._write(scripts.DELETE, meta, items, request_id, deadline_s)
+        return self._write(scripts.DELETE, meta, items, request_id, deadline_s, known_seq)
 
     def expire(self, meta: Meta, items: Sequence[Raw], deadline_s: float) -> Written:
         """Remove those of the items that are still what they were, and have expired.
@@ -283,6 +287,7 @@ class Catalog:
         items: Sequence[Raw],
         request_id: str,
         deadline_s: float,
+        known_seq: int,
         content: bytes | None = None,
     ) -> Written:
         """Send a write in chunks, each of them atomic and repeatable."""
@@ -306,7 +311,7 @@ class Catalog:
             reply = self._script(
                 script,
                 [keys.meta, keys.log, request, *buckets],
-                [meta.epoch, digest, REQUEST_TTL_S, body, code_bytes],
+                [meta.epoch, digest, REQUEST_TTL_S, body, code_bytes, max(known_seq, seq)],
                 give_up - time.monotonic(),
             )
             try:

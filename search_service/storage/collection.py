@@ -42,6 +42,8 @@ from search_service.storage.tag_builder import TagBuilder
 logger = logging.getLogger(__name__)
 
 _SETTLE_S = 1.0
+_LOOK_S = 0.2
+"""How often a write that waits for Redis has it looked for."""
 _TRIM_S = 2.0
 _MAX_LAG_BYTES = 64 << 20
 """About how much of the log may be acknowledged and not yet applied here."""
@@ -128,7 +130,7 @@ class Collection:
     def info(self) -> CollectionInfo:
         """Describe it as this replica sees it; needs no Redis."""
         snapshot = self._local.snapshot
-        trouble = self._follower.trouble
+        trouble = self._follower.trouble or self._follower.refusal
         away = isinstance(trouble, UnavailableError)
         return CollectionInfo(
             spec=self.spec,
@@ -193,15 +195,17 @@ class Collection:
             records = [self._pack(item, f"items[{i}]") for i, item in enumerate(items)]
         if not records:
             return self.snapshot().version
-        self._check_writable(deadline_s)
+        self._check_writable(give_up)
         self._keep_up(give_up)
         written = self._catalog.put(
             self._meta,
             records,
             request_id=request_id or uuid.uuid4().hex,
             deadline_s=give_up - time.monotonic(),
+            known_seq=self._follower.known_seq,
             content=content,
         )
+        self._follower.saw(written.seq)
         self._written = max(self._written, written.seq)
         return written.seq
 
@@ -211,13 +215,15 @@ class Collection:
         if not packed:
             return DeleteResult(version=self.snapshot().version, n_deleted=0)
         give_up = time.monotonic() + deadline_s
-        self._check_writable(deadline_s)
+        self._check_writable(give_up)
         written = self._catalog.delete(
             self._meta,
             [Raw(item_id, layout.pack_delete(item_id)) for item_id in packed],
             request_id=request_id or uuid.uuid4().hex,
             deadline_s=give_up - time.monotonic(),
+            known_seq=self._follower.known_seq,
         )
+        self._follower.saw(written.seq)
         return DeleteResult(version=written.seq, n_deleted=written.n_items)
 
     def expire(self, should_stop: Callable[[], bool]) -> int:
@@ -312,11 +318,13 @@ class Collection:
         self._tags.join()
         self._local.remove()
 
-    def _check_writable(self, deadline_s: float) -> None:
+    def _check_writable(self, give_up: float) -> None:
         """Refuse what could not be applied here; the rest is for Redis to say."""
-        self._follower.wait_settled(min(deadline_s, _SETTLE_S))
         trouble = self._follower.trouble
-        if trouble is None or isinstance(trouble, UnavailableError) or self.is_foreign:
+        while isinstance(trouble, UnavailableError) and time.monotonic() < give_up:
+            self._follower.wait_settled(min(give_up - time.monotonic(), _LOOK_S))
+            trouble = self._follower.trouble
+        if trouble is None or self.is_foreign:
             return
         if self._follower.is_lost:
             raise PreconditionError(trouble.message)

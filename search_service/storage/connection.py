@@ -28,8 +28,10 @@ _SHORTEST_TIMEOUT_S: Final = 0.05
 _MAX_CONNECTIONS: Final = 256
 _READ_BYTES: Final = 1 << 16
 
-_TRANSIENT: Final = ("BUSY", "TRYAGAIN", "LOADING")
-_AWAY: Final = ("READONLY", "MASTERDOWN", "CLUSTERDOWN", "NOREPLICAS", "MOVED", "ASK", "NOPERM")
+_TRANSIENT: Final = ("BUSY", "TRYAGAIN", "LOADING", "UNBLOCKED")
+_DEMOTED: Final = ("READONLY", "MASTERDOWN")
+"""This server is no primary any more, or not yet: the URL may lead to another one by now."""
+_AWAY: Final = ("CLUSTERDOWN", "NOREPLICAS", "MOVED", "ASK", "NOPERM")
 
 
 def connect(url: str, timeout_s: float) -> redis.Redis:
@@ -110,9 +112,13 @@ class Caller:
         give_up = time.monotonic() + deadline_s
         pause_s = _FIRST_PAUSE_S
         for attempt in range(1, _MAX_ATTEMPTS + 1):
+            client = self._client(give_up - time.monotonic())
             try:
-                return action(self._client(give_up - time.monotonic()))
+                return action(client)
             except redis.RedisError as error:
+                if _code(error) in _DEMOTED:
+                    # A demoted server keeps its clients; only new connections find the primary.
+                    self._disconnect()
                 wait_s = pause_s * random.uniform(0.5, 1.0)
                 over = time.monotonic() + wait_s + _SHORTEST_TIMEOUT_S >= give_up
                 if over or attempt == _MAX_ATTEMPTS or not _is_transient(error):
@@ -125,6 +131,11 @@ class Caller:
         """Close all connections."""
         for client in self._clients.values():
             client.close()
+
+    def _disconnect(self) -> None:
+        """Give up the connections that no call is using."""
+        for client in self._clients.values():
+            client.connection_pool.disconnect(inuse_connections=False)
 
     def _client(self, remaining_s: float) -> redis.Redis:
         fitting = [timeout_s for timeout_s in self._clients if 2 * timeout_s <= remaining_s]
@@ -151,7 +162,7 @@ def _is_transient(error: redis.RedisError) -> bool:
         return False
     if isinstance(error, redis.ConnectionError | redis.TimeoutError):
         return True
-    return _code(error) in _TRANSIENT
+    return _code(error) in _TRANSIENT + _DEMOTED
 
 
 def _code(error: redis.RedisError) -> str:

@@ -79,9 +79,13 @@ class Follower:
         self.mean_bytes = float(layout.record_bytes(local.spec))
         """Of a log record in the last batch; at first, of one without a payload."""
         self._trouble: HashlensError | None = UnavailableError("Redis has not answered yet.")
+        self._refusal: HashlensError | None = None
+        self._known_seq = local.seq
+        self._known_lock = threading.Lock()
         self._reader: LogReader | None = None
         self._stopping = threading.Event()
         self._settled = threading.Event()
+        self._hurry = threading.Event()
         self._thread = threading.Thread(
             target=self._run, name=f"follow-{local.spec.name}", daemon=True
         )
@@ -90,6 +94,21 @@ class Follower:
     def trouble(self) -> HashlensError | None:
         """Why the log is not being followed; None while it is."""
         return self._trouble
+
+    @property
+    def refusal(self) -> HashlensError | None:
+        """Why Redis takes no writes, though its log is being followed; None while it does."""
+        return self._refusal
+
+    @property
+    def known_seq(self) -> int:
+        """The newest write that Redis is known to have had; if it has less, it lost writes."""
+        return max(self._known_seq, self._local.seq)
+
+    def saw(self, seq: int) -> None:
+        """Note a write that Redis has acknowledged."""
+        with self._known_lock:
+            self._known_seq = max(self._known_seq, seq)
 
     @property
     def is_lost(self) -> bool:
@@ -106,12 +125,17 @@ class Follower:
         self._thread.start()
 
     def wait_settled(self, deadline_s: float) -> None:
-        """Wait until the first attempt has gone well or wrong."""
+        """Wait until Redis has been compared with the files; the thread looks soon if it is away.
+
+        One that comes back may be another one.
+        """
+        self._hurry.set()
         self._settled.wait(max(deadline_s, 0))
 
     def stop(self) -> None:
         """Ask the thread to end; `join` waits for it."""
         self._stopping.set()
+        self._hurry.set()
         reader = self._reader
         if reader is not None:
             reader.unblock()
@@ -134,8 +158,9 @@ class Follower:
             except Exception as error:
                 # Whatever it is, reading goes on and the thread lives to try again.
                 self._note(error)
-            self._settled.set()
-            self._stopping.wait(pause_s * random.uniform(0.5, 1.0))
+            self._stopping.wait(_FIRST_PAUSE_S * random.uniform(0.5, 1.0))
+            self._hurry.wait((pause_s - _FIRST_PAUSE_S) * random.uniform(0.5, 1.0))
+            self._hurry.clear()
             pause_s = min(2 * pause_s, _MAX_PAUSE_S)
 
     def _connect(self) -> LogReader:
@@ -153,15 +178,21 @@ class Follower:
             There is none.
         """
         local = self._local
+        # Before Redis is asked: it may get more while it answers.
+        known_seq = self.known_seq
         position = reader.register(
             local.epoch, self._replica_id, checkpoint_seq=local.checkpoint_seq, seq=local.seq
         )
-        if position.seq < local.seq:
-            self._give_up(f"Redis went back to version {position.seq}")
+        if position.seq < known_seq:
+            self._give_up(f"Redis went back from version {known_seq} to {position.seq}")
         if position.here is not None and zlib.crc32(position.here) != local.log_crc32:
             self._give_up(f"Redis has another write as version {local.seq}")
+        if local.seq and position.here is None and position.first is not None:
+            # Without it nothing shows that the log continues the files.
+            self._give_up(f"the log, from version {position.first}, lacks that one")
         if position.seq > local.seq and (position.first is None or position.first > local.seq + 1):
             self._give_up(f"the log begins at version {position.first}, which is too late")
+        self.saw(position.seq)
         if self._trouble is not None:
             logger.info("following the log of %s from version %d", local.spec.name, local.seq)
             self._trouble = None
@@ -172,13 +203,26 @@ class Follower:
         """Wait a little for writes, and apply them."""
         local = self._local
         count = min(max(int(BATCH_BYTES / self.mean_bytes), 1), _MAX_COUNT)
+        known_seq = self.known_seq
         batch = reader.read(local.seq, count)
         if batch.epoch != local.epoch:
             raise PreconditionError(foreign(local.spec.name, batch.epoch))
+        if batch.here is None:
+            is_other = local.seq > 0 and bool(batch.entries)
+        else:
+            is_other = zlib.crc32(batch.here) != local.log_crc32
+        if is_other or batch.seq < known_seq:
+            # A demoted primary takes over another one's data, or stays behind, and keeps its
+            # connections. Whether this is the one to follow shows on a new connection.
+            raise UnavailableError("Redis has other data than before. Looking again.")
+        self.saw(batch.seq)
         if not batch.entries:
             if batch.seq != local.seq:
                 self._register(reader)
+            else:
+                self._probe(reader)
             return
+        self._refusal = None
         records = [
             layout.unpack_record(seq, raw, local.spec.n_bits, self._feature_bytes)
             for seq, raw in batch.entries
@@ -189,6 +233,20 @@ class Follower:
             self._give_up(f"the log has a hole behind version {local.seq}")
         local.apply(records)
         self.mean_bytes = sum(len(record.raw) for record in records) / len(records)
+
+    def _probe(self, reader: LogReader) -> None:
+        """Find out whether Redis takes writes."""
+        try:
+            reader.probe()
+            self._refusal = None
+        except redis.RedisError as error:
+            refusal = translate(error)
+            if not isinstance(refusal, LimitError):
+                # Perhaps no primary any more: only a new connection finds the one that is.
+                raise
+            if self._refusal is None:
+                logger.warning("%s takes no writes: %s", self._local.spec.name, refusal.message)
+            self._refusal = refusal
 
     def _give_up(self, reason: str) -> NoReturn:
         raise ResyncNeededError(
@@ -201,6 +259,10 @@ class Follower:
         """Remember why the log is not followed, and tell whom it concerns."""
         trouble, before = _explain(error), self._trouble
         self._trouble = trouble
+        if isinstance(trouble, UnavailableError):
+            self._settled.clear()
+        else:
+            self._settled.set()
         if before is None or before.message != trouble.message:
             expected = isinstance(error, HashlensError | redis.RedisError | OSError)
             logger.log(

@@ -104,6 +104,11 @@ def check_status(name: str, reply: Sequence[Any]) -> None:
         )
     if status == "dropping":
         raise NotFoundError(f"The collection {name} is being dropped.")
+    if status == "behind":
+        raise PreconditionError(
+            f"Redis went back to version {text(reply[1])} of the collection {name}: it has lost "
+            "writes. Bring the right Redis back; or drop the collection and index again."
+        )
     if status != "ok":
         raise PreconditionError(foreign(name, text(reply[1]) if len(reply) > 1 else None))
 

@@ -34,6 +34,9 @@ class Batch(NamedTuple):
     are too: an epoch never comes back."""
     seq: int
     """The newest write in Redis right after the read."""
+    here: bytes | None
+    """The log record at `after_seq` right after the read, if it is left. If it is the one that the
+    reader knows, the entries continue the reader's own log."""
 
 
 class LogReader:
@@ -85,13 +88,20 @@ class LogReader:
         with self._client.pipeline(transaction=False) as pipeline:
             pipeline.xread({self._keys.log: f"{after_seq}-1"}, count, self._block_ms)
             pipeline.hmget(self._keys.meta, ["epoch", "seq"])
-            streams, (epoch, seq) = pipeline.execute()
+            # Asked after the entries: whoever replaced the data in between is found out.
+            pipeline.xrange(self._keys.log, f"{after_seq}-1", f"{after_seq}-1")
+            streams, (epoch, seq), here = pipeline.execute()
         entries: list[Any] = streams[0][1] if streams else []
         return Batch(
             [(_seq(entry_id), fields[1]) for entry_id, fields in entries],
             None if epoch is None else epoch.decode(),
             int(seq or 0),
+            here[0][1][b"r"] if here else None,
         )
+
+    def probe(self) -> None:
+        """Ask whether Redis takes writes: one that is read-only or full lets its log be read."""
+        run_script(self._client, scripts.PROBE, [], [])
 
     def unblock(self) -> None:
         """Let a read that waits return at once, if the server allows it."""

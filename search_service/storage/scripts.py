@@ -9,17 +9,23 @@ from __future__ import annotations
 
 from typing import Final
 
-_GUARD = """#!lua
+_EPOCH = """
 local call = redis.call
 local meta = call('HMGET', KEYS[1], 'epoch', 'state', 'seq', 'n_items')
 if not meta[1] then return {'missing'} end
 if meta[1] ~= ARGV[1] then return {'epoch', meta[1]} end
 """
 
+_GUARD = "#!lua" + _EPOCH
+
+# A full memory must not keep from running what frees it.
+_FREEING_GUARD = "#!lua flags=allow-oom" + _EPOCH
+
 _WRITABLE = (
     _GUARD
     + """
 if meta[2] ~= 'active' then return {'dropping'} end
+if tonumber(meta[3]) < tonumber(ARGV[6]) then return {'behind', meta[3]} end
 local seen = call('HMGET', KEYS[3], 'digest', 'seq', 'count')
 if seen[1] then
   if seen[1] ~= ARGV[2] then return {'conflict'} end
@@ -76,8 +82,9 @@ end
     + _WRITTEN
 )
 """Writes items. KEYS meta, log, request, then the bucket and the payload bucket of each ordinal;
-ARGV epoch, digest, seconds to live of the request, body, code length. The body is, for each item,
-the ordinal of its bucket (u32) and its log record. Returns status, seq, count."""
+ARGV epoch, digest, seconds to live of the request, body, code length, a seq that Redis is known to
+have had. The body is, for each item, the ordinal of its bucket (u32) and its log record. Returns
+status, seq, count; a Redis that went back behind the known seq writes nothing."""
 
 DELETE: Final = (
     _WRITABLE
@@ -142,7 +149,7 @@ for each item, the ordinal of its bucket (u32), the number of its write (u64), t
 removes it. Whoever asks again, or late, finds nothing to do. Returns status, seq, count."""
 
 REGISTER: Final = (
-    _GUARD
+    _FREEING_GUARD
     + """
 if meta[2] ~= 'active' then return {'dropping'} end
 if tonumber(ARGV[3]) <= tonumber(meta[3]) then call('HSET', KEYS[3], ARGV[2], ARGV[3]) end
@@ -157,7 +164,7 @@ replicas; ARGV epoch, replica id, checkpointed seq, applied seq. Returns status,
 the log, the log record at the applied seq."""
 
 TRIM: Final = (
-    _GUARD
+    _FREEING_GUARD
     + """
 if meta[2] ~= 'active' then return {'dropping'} end
 local own = tonumber(ARGV[3])
@@ -178,7 +185,7 @@ epoch, replica id, checkpointed seq, most entries to keep for slower replicas. R
 a Redis that has lost what the replica holds keeps its log."""
 
 DROP_BEGIN: Final = (
-    _GUARD
+    _FREEING_GUARD
     + """
 call('HSET', KEYS[1], 'state', 'dropping')
 return {'ok'}
@@ -187,7 +194,7 @@ return {'ok'}
 """KEYS meta; ARGV epoch. From here on nothing can be written."""
 
 DROP_KEYS: Final = (
-    _GUARD
+    _FREEING_GUARD
     + """
 if meta[2] ~= 'dropping' then return {'active'} end
 call('UNLINK', unpack(KEYS, 2))
@@ -197,7 +204,7 @@ return {'ok'}
 """Removes keys of a collection that is being dropped. KEYS meta, the keys; ARGV epoch."""
 
 DROP_END: Final = (
-    _GUARD
+    _FREEING_GUARD
     + """
 if meta[2] ~= 'dropping' then return {'active'} end
 call('UNLINK', KEYS[1], KEYS[2], KEYS[3])
@@ -205,3 +212,13 @@ return {'ok'}
 """
 )
 """Removes what is left of it. KEYS meta, log, replicas; ARGV epoch."""
+
+RECORD_DROP: Final = """#!lua flags=allow-oom
+return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])
+"""
+"""KEYS dropped; ARGV epoch, note."""
+
+PROBE: Final = """#!lua
+return 1
+"""
+"""Writes nothing, and is refused where a write would be: a script may write unless it says no."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from hashlens import Client, CollectionSpec, Embedding, FeatureDtype, Item, codes
-from hashlens.errors import DataLossError, HashlensError, UnavailableError
+from hashlens.errors import DataLossError, HashlensError, PreconditionError, UnavailableError
 from hashlens.types import Hit
 from tests.support.redis_server import RedisServer, server_binaries
 from tests.support.services import ServiceProcess, wait_until
@@ -208,6 +209,33 @@ def test_the_service_starts_and_answers_while_redis_is_away(
         assert answers(client, version) == before
         with pytest.raises(UnavailableError):
             client.upsert("photos", [item_of(100)], deadline_s=2)
+
+
+def test_a_redis_that_lost_writes_gets_none_and_answers_stay(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    process = search_service(tmp_path, "--redis-url", redis_server.url)
+    data = redis_server.directory / "appendonlydir"
+    with process, Client(process.target) as client:
+        client.create_collection("photos", spec=SPEC)
+        client.upsert("photos", map(item_of, range(50)))
+        redis_server.stop()
+        shutil.copytree(data, tmp_path / "older")
+        redis_server.start()
+        version = client.upsert("photos", map(item_of, range(50, 100)), deadline_s=20).version
+        before = answers(client, version)
+        redis_server.stop()
+        shutil.rmtree(data)
+        shutil.copytree(tmp_path / "older", data)
+        redis_server.start()
+        with pytest.raises(PreconditionError, match="went back from version 100 to 50"):
+            client.upsert("photos", [item_of(100)], deadline_s=20)
+        info = client.collection("photos")
+        assert not info.writable
+        assert "went back" in info.detail
+        assert answers(client, version) == before
+        with redis_server.client() as direct:
+            assert direct.hget("hl:{photos}:meta", "seq") == b"50"
 
 
 def test_an_emptied_redis_stops_writes_and_wipes_nothing(

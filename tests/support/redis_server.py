@@ -52,14 +52,8 @@ class RedisServer:
         return redis.Redis(unix_socket_path=str(self.socket), protocol=2, socket_timeout=10)
 
     def start(self) -> Self:
-        settings = {
-            **self.settings,
-            "dir": str(self.directory),
-            "unixsocket": str(self.socket),
-            "logfile": str(self.directory / "log"),
-        }
-        command = [part for name, value in settings.items() for part in (f"--{name}", value)]
-        self.process = subprocess.Popen([self.binary, *command], start_new_session=True)
+        """Start it, and wait until it answers."""
+        self.launch()
         deadline = time.monotonic() + READY_S
         with self.client() as client:
             while True:
@@ -70,6 +64,17 @@ class RedisServer:
                     assert self.process.poll() is None, (self.directory / "log").read_text()
                     assert time.monotonic() < deadline, (self.directory / "log").read_text()
                     time.sleep(0.01)
+
+    def launch(self) -> None:
+        """Start it without waiting."""
+        settings = {
+            **self.settings,
+            "dir": str(self.directory),
+            "unixsocket": str(self.socket),
+            "logfile": str(self.directory / "log"),
+        }
+        command = [part for name, value in settings.items() for part in (f"--{name}", value)]
+        self.process = subprocess.Popen([self.binary, *command], start_new_session=True)
 
     def kill(self) -> None:
         """End it as a crash would."""

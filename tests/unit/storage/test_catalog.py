@@ -109,6 +109,39 @@ def test_a_repeated_write_changes_nothing(
     assert 0 < ttl_s <= 600
 
 
+def test_a_redis_that_went_back_gets_no_writes(
+    truth: Catalog, client: redis.Redis, new_name: Names
+) -> None:
+    meta = truth.create(spec_of(new_name()), S)
+    items = raws(make_records(meta.spec, 5))
+    truth.put(meta, items, request_id="a", deadline_s=S, known_seq=0)
+    before = all_keys(client, meta.spec.name)
+    for request_id in ("a", "b"):
+        with pytest.raises(PreconditionError, match="went back to version 5"):
+            truth.put(meta, items, request_id=request_id, deadline_s=S, known_seq=6)
+        with pytest.raises(PreconditionError, match="went back to version 5"):
+            truth.delete(meta, doomed("i0"), request_id=request_id, deadline_s=S, known_seq=6)
+    assert all_keys(client, meta.spec.name) == before
+    assert truth.put(meta, items, request_id="c", deadline_s=S, known_seq=5).seq == 10
+
+
+def test_a_redis_that_goes_back_between_chunks_gets_no_more(
+    truth: Catalog, client: redis.Redis, new_name: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog, "CHUNK_ITEMS", 4)
+    meta = truth.create(spec_of(new_name()), S)
+    run, calls = truth._script, iter([1, 0])
+
+    def go_back(*arguments: object) -> object:
+        if not next(calls):
+            client.hset(Keys(meta.spec.name).meta, "seq", 3)
+        return run(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(truth, "_script", go_back)
+    with pytest.raises(PreconditionError, match="went back to version 3"):
+        truth.put(meta, raws(make_records(meta.spec, 8)), request_id="a", deadline_s=S)
+
+
 def test_a_write_that_was_interrupted_between_chunks_is_completed(
     truth: Catalog, client: redis.Redis, new_name: Names, monkeypatch: pytest.MonkeyPatch
 ) -> None:

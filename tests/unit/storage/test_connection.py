@@ -40,7 +40,7 @@ def test_what_the_server_says_becomes_an_error_of_ours(
 
     def fail(*command: str) -> HashlensError:
         with pytest.raises(HashlensError) as caught:
-            caller.run(lambda each: each.execute_command(*command), 5.0)
+            caller.run(lambda each: each.execute_command(*command), 0.5)
         return caught.value
 
     client.set("text", "x")
@@ -51,6 +51,25 @@ def test_what_the_server_says_becomes_an_error_of_ours(
         error = fail("EVAL", f"return redis.error_reply('{code} because')", "0")
         assert type(error) is UnavailableError
         assert code in error.message
+    caller.close()
+
+
+@pytest.mark.parametrize("code", ["READONLY", "MASTERDOWN"])
+def test_a_server_that_is_no_primary_is_asked_again_on_a_new_connection(
+    server: RedisServer, code: str
+) -> None:
+    caller = Caller(server.url, 1.0)
+    connections = []
+
+    def ask(client: redis.Redis) -> object:
+        connections.append(client.client_id())
+        if len(connections) == 1:
+            client.eval(f"return redis.error_reply('{code} because')", 0)
+        return client.ping()
+
+    assert caller.run(ask, 5.0) is True
+    first, second = connections
+    assert first != second
     caller.close()
 
 
