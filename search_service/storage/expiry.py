@@ -46,7 +46,7 @@ def remove_expired(
         seqs = rows_at.ids.records["seq"][chunk].tolist()
         written = zip(map(str.encode, rows_at.ids_of(chunk)), seqs, strict=True)
         doomed = [Raw(item_id, layout.pack_expire(item_id, seq)) for item_id, seq in written]
-        n_removed += catalog.expire(meta, doomed, _CALL_S).n_items
+        n_removed += catalog.expire(meta, doomed, _CALL_S, snapshot.version).n_items
     if n_removed:
         logger.info("%d items of %s have expired", n_removed, meta.spec.name)
     return n_removed

@@ -131,6 +131,11 @@ def test_redis_decides_whether_it_is_still_that_write_and_still_that_time(
         model.delete([d.id])
         assert_holds(collection, model)
         assert_in_redis(client, spec.name, model)
+        raw = Raw(a.id.encode(), layout.pack_expire(a.id.encode(), 5))
+        with pytest.raises(PreconditionError, match="went back"):
+            catalog.expire(meta, [raw], DEADLINE_S, model.version + 1)
+        assert_in_redis(client, spec.name, model)
+        assert catalog.expire(meta, [raw], DEADLINE_S, model.version).n_items == 1
         with pytest.raises(PreconditionError):
             catalog.expire(replace(meta, epoch="another"), [], DEADLINE_S)
     catalog.close()
