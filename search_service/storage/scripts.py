@@ -145,10 +145,10 @@ return {'ok', string.format('%.0f', seq), count}
 """
 )
 """Removes items that have expired by the server's own clock, and have not been written again. KEYS
-meta, log, then the bucket and the payload bucket of each ordinal; ARGV epoch, body, a seq that Redis
-is known to have had. The body is, for each item, the ordinal of its bucket (u32), the number of its
-write (u64), the log record that removes it. Whoever asks again, or late, finds nothing to do. Returns
-status, seq, count; a Redis that went back behind the known seq removes nothing."""
+meta, log, then the bucket and the payload bucket of each ordinal; ARGV epoch, body, a seq that
+Redis is known to have had. The body is, for each item, the ordinal of its bucket (u32), the number
+of its write (u64), the log record that removes it. Whoever asks again, or late, finds nothing to
+do. Returns status, seq, count; a Redis that went back behind the known seq removes nothing."""
 
 REGISTER: Final = (
     _FREEING_GUARD
