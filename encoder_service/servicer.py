@@ -52,6 +52,9 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
         """Add the servicer to a server."""
         enc_grpc.add_EncoderServiceServicer_to_server(self, server)
 
+    def listens(self, address: str) -> None:
+        """Do nothing: nobody is told."""
+
     async def warm_up(self) -> None:
         """Load the checkpoint and run the model once."""
         config = self._config

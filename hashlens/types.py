@@ -206,6 +206,54 @@ class CollectionInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaInfo:
+    """One replica of a collection, as Redis knows it."""
+
+    id: str
+    """UUID of its data directory."""
+    address: str
+    """host:port where others reach it; empty if it said none."""
+    checkpoint_version: int
+    """Everything up to here is safe in its files; the log is kept from here on."""
+    erased_version: int
+    """Rows that were dead at this version are gone from its files."""
+    silent_ms: int
+    """How long ago it was heard of, in milliseconds."""
+    live: bool
+    """Whether the log still waits for it; one that was silent for too long copies files anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class ErasedFile:
+    """A file that held rows of replaced or deleted items."""
+
+    path: str
+    """Below the replica's data directory."""
+    length_bytes: int
+    gone: bool
+    """Whether its bytes are. Those that a search still reads go when that search ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompactResult:
+    """What became of the bytes of replaced and deleted items."""
+
+    version: int
+    """Rows that were dead at this version are gone from the files of the answering replica."""
+    n_rows_erased: int
+    files: tuple[ErasedFile, ...]
+    """Those that held them."""
+    log_begins_after: int
+    """What was written up to here is not in the log in Redis any more."""
+    redis_rewritten: bool
+    """Whether Redis has rewritten its own file since; false where that cannot be told."""
+    replicas: tuple[ReplicaInfo, ...]
+    """All that Redis knows, each with what it has erased."""
+    complete: bool
+    """Whether all of this holds for every live replica and for Redis."""
+
+
+@dataclass(frozen=True, slots=True)
 class Item:
     """What a collection holds: exactly one of `embedding` and `image` when it is written."""
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from hashlens import convert
 from hashlens.types import Embedding, EncodeTimings, Query, SearchOptions, SearchResult
+from hashlens.v1 import search_service_pb2 as spb
 from search_service import margins
 from search_service.engine import Ask, Engine, is_tiny
 from search_service.executor import Executor
@@ -18,6 +21,9 @@ from search_service.snapshot import Snapshot
 from search_service.storage.collection import Collection
 
 _NO_MEANINGS = Meanings()
+
+_HITS_AT_ONCE = 1000
+"""Hits that are converted in the event loop, a few milliseconds; more go to a thread."""
 
 Asked: TypeAlias = tuple[Embedding | str, SearchOptions, Meanings]
 """An embedding or the id of a stored item, how to look for it, and what the codes mean."""
@@ -117,3 +123,10 @@ def together(engine: Engine) -> Together[Asked]:
         engine.search_batch(snapshot, asks, deliver)
 
     return work
+
+
+async def reply_of(result: SearchResult, n_bits: int, *, packed: bool) -> spb.SearchResponse:
+    """Return the wire form of an answer."""
+    if packed or len(result.hits) <= _HITS_AT_ONCE:
+        return convert.result_to_proto(result, n_bits, packed=packed)
+    return await asyncio.to_thread(convert.result_to_proto, result, n_bits)

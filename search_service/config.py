@@ -40,16 +40,57 @@ class SearchConfig(ServerConfig):
         "without reading all codes. A row takes 12 to 16 bytes at 64 bits. 0: none.",
     )
     checkpoint_interval_s: float = setting(30.0, "Longest between checkpoints, in seconds.")
+    compaction_share: float = setting(
+        0.3, "Compact a collection when this share of its rows is dead; 0: only when asked."
+    )
+    compaction_min_rows: int = setting(100_000, "And at least so many are.")
+    compaction_mb_per_s: float = setting(
+        64.0, "How fast compaction copies at most, in MB/s; 0: no limit."
+    )
+
+    advertise: str | None = setting(
+        None,
+        "host:port where other replicas on the same Redis reach this one, to copy files; without, "
+        "the address that is listened on, unless that is a wildcard.",
+    )
+    replica_silence_s: float = setting(
+        300.0,
+        "The log in Redis waits for a replica that was silent for at most so long, in seconds; "
+        "after that it has to copy files anew.",
+    )
+    log_budget_mb: int = setting(
+        1024, "How much of the log Redis keeps for replicas that are behind, in MiB."
+    )
+    max_copies: int = setting(2, "Most files that other replicas copy from here at a time.")
+    copy_mb_per_s: float = setting(
+        0.0, "Most that other replicas copy from here, in MiB per second; 0: no limit."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.n_threads < 0:
             raise InvalidInputError("n_threads is 0 or more", field="n_threads")
-        for name in ("max_queue", "max_batch_queries", "max_audits", "n_store_threads"):
+        for name in (
+            *("max_queue", "max_batch_queries", "max_audits", "n_store_threads"),
+            *("max_copies", "log_budget_mb"),
+        ):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} is at least 1", field=name)
         for name in ("sketch_memory_mb", "index_memory_mb"):
             if getattr(self, name) < 0:
                 raise InvalidInputError(f"{name} is 0 or more", field=name)
-        if self.checkpoint_interval_s <= 0:
-            raise InvalidInputError("checkpoint_interval_s is above 0")
+        if not 0 <= self.compaction_share <= 1:
+            raise InvalidInputError("compaction_share is 0 to 1", field="compaction_share")
+        for name in ("compaction_min_rows", "compaction_mb_per_s"):
+            if getattr(self, name) < 0:
+                raise InvalidInputError(f"{name} is 0 or more", field=name)
+        for name in ("checkpoint_interval_s", "replica_silence_s"):
+            if getattr(self, name) <= 0:
+                raise InvalidInputError(f"{name} is above 0", field=name)
+        if self.copy_mb_per_s < 0:
+            raise InvalidInputError("copy_mb_per_s is 0 or more", field="copy_mb_per_s")
+        host, _, port = (self.advertise or "host:1").rpartition(":")
+        if not (host and port.isdecimal() and 0 < int(port) < 65536) or " " in host:
+            raise InvalidInputError(
+                f"advertise is host:port, not {self.advertise!r}", field="advertise"
+            )

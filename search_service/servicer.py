@@ -28,14 +28,15 @@ from hashlens.rpc.status import status_of
 from hashlens.types import (
     Query,
     Rank,
+    ReplicaInfo,
     SearchOptions,
-    SearchResult,
     TagFilter,
 )
+from hashlens.v1 import replica_service_pb2_grpc as rpb_grpc
 from hashlens.v1 import search_service_pb2 as spb
 from hashlens.v1 import search_service_pb2_grpc as spb_grpc
 from search_service import checks, filtered, writes
-from search_service.answers import Answerer, together
+from search_service.answers import Answerer, reply_of, together
 from search_service.audit import Auditor, check_auditable
 from search_service.ball_stream import Ball, BallStreamer
 from search_service.config import SearchConfig
@@ -44,6 +45,9 @@ from search_service.executor import Executor
 from search_service.images import ImageEncoder
 from search_service.index_keeper import IndexKeeper
 from search_service.items import items_of
+from search_service.maintenance import CompactRpc, Erasures
+from search_service.replication.client import GrpcPeers
+from search_service.replication.servicer import ReplicaServicer, ServingLimits
 from search_service.sketches import Sketches
 from search_service.snapshot import Snapshot
 from search_service.storage.collection import Collection
@@ -54,16 +58,15 @@ logger = logging.getLogger(__name__)
 _Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
 
+_WILDCARDS = ("0.0.0.0", "[::]", "::", "*")
+
 _LOOKUP_S = 2.0
 """Longest that a listing waits for Redis; without it, it lists what is on this replica."""
-
-_HITS_AT_ONCE = 1000
-"""Hits that are converted in the event loop, a few milliseconds; more go to a thread."""
 
 _ADVICE = "ask for fewer hits, or leave features out"
 
 
-class SearchServicer(spb_grpc.SearchServiceServicer):
+class SearchServicer(CompactRpc):
     """Answers the RPCs; a `hashlens.rpc.server.Service`.
 
     Parameters
@@ -72,7 +75,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         See `SearchConfig`.
     """
 
-    names: Sequence[str] = ("hashlens.v1.SearchService",)
+    names: Sequence[str] = ("hashlens.v1.SearchService", "hashlens.v1.ReplicaService")
 
     def __init__(self, config: SearchConfig) -> None:
         self._config = config
@@ -89,6 +92,12 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         )
         self._together = together(self._engine)
         self._auditor = Auditor(max_audits=config.max_audits)
+        self._erasures = Erasures()
+        self._stack.callback(self._erasures.close)
+        self._replicas = ReplicaServicer(
+            ServingLimits(config.max_copies, config.copy_mb_per_s * 2**20)
+        )
+        self._address = config.advertise or ""
         self._opening: asyncio.Future[Store] | None = None
         self._store: Store
         self._executor: Executor
@@ -98,6 +107,13 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
     def register(self, server: grpc.aio.Server) -> None:
         """Add the servicer to a server."""
         spb_grpc.add_SearchServiceServicer_to_server(self, server)
+        rpb_grpc.add_ReplicaServiceServicer_to_server(self._replicas, server)
+
+    def listens(self, address: str) -> None:
+        """Advertise where the server listens, unless something else is, or it is a wildcard."""
+        host = address.rpartition(":")[0]
+        if self._config.advertise is None and host not in _WILDCARDS:
+            self._address = address
 
     async def warm_up(self) -> None:
         """Open the store, compile the kernels, reach for the encoder."""
@@ -115,11 +131,19 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
             data_dir=config.data_dir,
             redis_url=config.redis_url,
             checkpoint_interval_s=config.checkpoint_interval_s,
+            compaction_share=config.compaction_share,
+            compaction_min_rows=config.compaction_min_rows,
+            compaction_mb_per_s=config.compaction_mb_per_s,
+            log_budget_bytes=config.log_budget_mb << 20,
+            address=self._address,
+            replica_silence_s=config.replica_silence_s,
         )
+        peers = GrpcPeers(config.max_message_bytes)
         # Kept, because a signal may end the waiting, but not the opening.
-        self._opening = asyncio.ensure_future(asyncio.to_thread(Store.open, store_config))
+        self._opening = asyncio.ensure_future(asyncio.to_thread(Store.open, store_config, peers))
         opening_s = time.monotonic()
         self._store = await asyncio.shield(self._opening)
+        self._replicas.serve(self._store)
         opened_s = time.monotonic()
         await self._executor.run(lambda cancel: self._engine.warm_up())
         for stage, took_s in (
@@ -132,6 +156,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
     async def close(self) -> None:
         """Stop the executor, checkpoint and close the store."""
         await self._stack.aclose()
+        await self._replicas.close()
         if self._opening is not None:
             with contextlib.suppress(HashlensError, OSError):  # Then `warm_up` has raised it.
                 store = await self._opening
@@ -161,7 +186,15 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         collection = await self._collection(request.name, context, field="name")
         if not collection.is_lost:  # Then it would not come, and its state is what is asked for.
             await self._reached(collection, request.min_version, self._ends_s(context))
-        return spb.GetCollectionResponse(collection=convert.info_to_proto(collection.info()))
+        replicas: list[ReplicaInfo] = []
+        if request.with_replicas:
+            replicas = await self._in_store(
+                lambda left_s: collection.replicas(left_s), self._ends_s(context)
+            )
+        return spb.GetCollectionResponse(
+            collection=convert.info_to_proto(collection.newest.info()),
+            replicas=map(convert.replica_to_proto, replicas),
+        )
 
     async def ListCollections(  # noqa: N802 - the contract's name
         self, request: spb.ListCollectionsRequest, context: _Context
@@ -273,7 +306,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         self._check_fits(1, snapshot, options)
         answerer = self._answerer(collection, snapshot, options, ends_s)
         result = await answerer.answer(query, await answerer.meanings(), field="query")
-        reply = await _to_proto(result, spec.n_bits, packed=options.packed)
+        reply = await reply_of(result, spec.n_bits, packed=options.packed)
         reply.receipt.timings.wait_version_ns = wait_ns
         reply.receipt.timings.total_ns = time.monotonic_ns() - started_ns
         check_size(reply.ByteSize(), self._config.max_message_bytes, _ADVICE)
@@ -310,7 +343,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
                 result = await answerer.answer(query, meanings, field=field)
             except HashlensError as error:
                 return spb.SearchBatchResult(error=status_of(error))
-            reply = await _to_proto(result, collection.spec.n_bits, packed=options.packed)
+            reply = await reply_of(result, collection.spec.n_bits, packed=options.packed)
             reply.receipt.timings.wait_version_ns = wait_ns
             reply.receipt.timings.total_ns = time.monotonic_ns() - started_ns
             # Refused as soon as it is too large: what waits then would not be sent.
@@ -417,7 +450,7 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
     ) -> Snapshot:
         """Return a snapshot at least as new as asked for, through a filter."""
         pause_s = 0.0005
-        while (snapshot := collection.snapshot()).version < min_version:
+        while (snapshot := collection.newest.snapshot()).version < min_version:
             left_s = ends_s - time.monotonic()
             if left_s <= 0:
                 raise DeadlineError(
@@ -426,7 +459,10 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
                 )
             await asyncio.sleep(min(pause_s, left_s))
             pause_s = min(2 * pause_s, 0.02)
-        if collection.is_lost and snapshot.rows == 0:
+        collection = collection.newest
+        if snapshot.rows == 0 and collection.needs_files:
+            raise UnavailableError(collection.info().detail)
+        if snapshot.rows == 0 and collection.is_lost:
             raise DataLossError(collection.info().detail)
         return await filtered.reached(snapshot, wanted, ends_s)
 
@@ -483,9 +519,3 @@ class SearchServicer(spb_grpc.SearchServiceServicer):
         timings.encode_call_ns = time.monotonic_ns() - asked_ns
         timings.encode.CopyFrom(convert.encode_timings_to_proto(encoded.timings))
         return encoded.embedding.code
-
-
-async def _to_proto(result: SearchResult, n_bits: int, *, packed: bool) -> spb.SearchResponse:
-    if packed or len(result.hits) <= _HITS_AT_ONCE:
-        return convert.result_to_proto(result, n_bits, packed=packed)
-    return await asyncio.to_thread(convert.result_to_proto, result, n_bits)

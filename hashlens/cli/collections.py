@@ -1,4 +1,4 @@
-"""`hashlens collections` and `hashlens drop`."""
+"""`hashlens collections`, `hashlens replicas` and `hashlens drop`."""
 
 from __future__ import annotations
 
@@ -52,6 +52,49 @@ def collections(search_target: str, encoder_target: str, as_json: bool) -> None:
             printable(spec.model_id[:12]),
             info.durability,
             "writable" if info.writable else f"read only: {printable(info.detail)}",
+        )
+    console().print(table)
+
+
+@click.command()
+@click.argument("name")
+@targets
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def replicas(name: str, search_target: str, encoder_target: str, as_json: bool) -> None:
+    """List the replicas of a collection, and how far behind their files are."""
+    with connected(search_target, encoder_target) as client:
+        found = client.replicas(name)
+        newest = client.collection(name)
+    version = max([newest.version, *(info.checkpoint_version for info in found)])
+    if as_json:
+        listed = [
+            {
+                "id": info.id,
+                "address": info.address,
+                "checkpoint_version": info.checkpoint_version,
+                "behind": version - info.checkpoint_version,
+                "erased_version": info.erased_version,
+                "silent_ms": info.silent_ms,
+                "live": info.live,
+                "answering": info.id == newest.replica_id,
+            }
+            for info in found
+        ]
+        click.echo(json.dumps(listed, indent=2))
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("replica", "address", "safe up to", "behind", "heard of", "state"):
+        is_number = heading in ("safe up to", "behind", "heard of")
+        table.add_column(heading, justify="right" if is_number else "left")
+    for info in found:
+        mark = " (answers)" if info.id == newest.replica_id else ""
+        table.add_row(
+            printable(info.id[:8]) + mark,
+            printable(info.address) or "none",
+            f"{info.checkpoint_version:,}",
+            f"{version - info.checkpoint_version:,}",
+            f"{info.silent_ms / 1000:,.0f} s ago",
+            "live" if info.live else "not waited for",
         )
     console().print(table)
 

@@ -11,7 +11,8 @@ from importlib.metadata import EntryPoint, entry_points
 import click
 
 from hashlens import __version__
-from hashlens.cli.collections import collections, drop
+from hashlens.cli.collections import collections, drop, replicas
+from hashlens.cli.compact import compact
 from hashlens.cli.demo import demo
 from hashlens.cli.extras import advice_for
 from hashlens.cli.health import health
@@ -123,5 +124,5 @@ def main(debug: bool) -> None:
     """
 
 
-for command in (up, index, search, health, collections, drop, demo):
+for command in (up, index, search, health, collections, replicas, compact, drop, demo):
     main.add_command(command)

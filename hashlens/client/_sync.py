@@ -20,6 +20,7 @@ from hashlens.types import (
     BallPart,
     CollectionInfo,
     CollectionSpec,
+    CompactResult,
     DeleteResult,
     Embedding,
     Encoded,
@@ -27,6 +28,7 @@ from hashlens.types import (
     Item,
     ModelInfo,
     Query,
+    ReplicaInfo,
     SearchOptions,
     SearchResult,
     ServiceHealth,
@@ -184,6 +186,18 @@ class Client:
         reply = self._call(self._search.GetCollection, request, deadline_s)
         return self._wire.seen(convert.info_from_proto(reply.collection))
 
+    def replicas(self, name: str, *, deadline_s: float | None = None) -> list[ReplicaInfo]:
+        """Return all replicas of a collection that Redis knows, by id.
+
+        Raises
+        ------
+        UnavailableError
+            Redis is away.
+        """
+        request = spb.GetCollectionRequest(name=name, with_replicas=True)
+        reply = self._call(self._search.GetCollection, request, deadline_s)
+        return [convert.replica_from_proto(info) for info in reply.replicas]
+
     def collections(self, *, deadline_s: float | None = None) -> list[CollectionInfo]:
         """Return the state of all collections, by name."""
         request = spb.ListCollectionsRequest()
@@ -194,6 +208,32 @@ class Client:
         """Remove a collection and everything in it."""
         self._call(self._search.DropCollection, spb.DropCollectionRequest(name=name), deadline_s)
         self._wire.forget(name)
+
+    def compact(
+        self, collection: str, *, wait_for_replicas: bool = False, deadline_s: float | None = None
+    ) -> CompactResult:
+        """Erase the bytes of replaced and deleted items, and say how far that came.
+
+        Searching and writing go on. Everything that is alive is copied, so allow more time than
+        for a search.
+
+        Parameters
+        ----------
+        collection
+            Its name.
+        wait_for_replicas
+            Also wait, as long as the deadline lets, until all live replicas have done it.
+        deadline_s
+            Time for the call, in seconds; None for the client's.
+
+        Raises
+        ------
+        DeadlineError
+            It was not done in time and goes on; ask again for the receipt.
+        """
+        request = spb.CompactRequest(collection=collection, wait_for_replicas=wait_for_replicas)
+        reply = self._call(self._search.Compact, request, deadline_s)
+        return convert.compact_from_proto(reply)
 
     def upsert(
         self,

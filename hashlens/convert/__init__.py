@@ -13,10 +13,13 @@ from hashlens.convert.collection import (
     info_to_proto,
     item_from_proto,
     item_to_proto,
+    replica_from_proto,
+    replica_to_proto,
     spec_from_proto,
     spec_to_proto,
     tags_from_proto,
 )
+from hashlens.convert.compact import compact_from_proto, compact_to_proto
 from hashlens.convert.embedding import (
     code_from_proto,
     dtype_from_proto,
@@ -59,6 +62,8 @@ __all__ = [
     "check_collection_name",
     "check_id",
     "code_from_proto",
+    "compact_from_proto",
+    "compact_to_proto",
     "dtype_from_proto",
     "dtype_to_proto",
     "embedding_from_proto",
@@ -87,6 +92,8 @@ __all__ = [
     "query_to_proto",
     "receipt_from_proto",
     "receipt_to_proto",
+    "replica_from_proto",
+    "replica_to_proto",
     "reply_explanation_from_proto",
     "reply_explanation_to_proto",
     "result_from_proto",

@@ -23,6 +23,7 @@ from hashlens.types import (
     CollectionSpec,
     FeatureDtype,
     Item,
+    ReplicaInfo,
 )
 from hashlens.v1 import search_service_pb2 as spb
 
@@ -149,6 +150,30 @@ def info_from_proto(message: spb.CollectionInfo) -> CollectionInfo:
         replica_id=message.replica_id,
         n_missing_features=message.n_missing_features,
         erased_version=message.erased_version,
+    )
+
+
+def replica_to_proto(info: ReplicaInfo) -> spb.ReplicaInfo:
+    """Return the wire form."""
+    return spb.ReplicaInfo(
+        id=info.id,
+        address=info.address,
+        checkpoint_version=info.checkpoint_version,
+        erased_version=info.erased_version,
+        silent_ms=info.silent_ms,
+        live=info.live,
+    )
+
+
+def replica_from_proto(message: spb.ReplicaInfo) -> ReplicaInfo:
+    """Return the value."""
+    return ReplicaInfo(
+        id=message.id,
+        address=message.address,
+        checkpoint_version=message.checkpoint_version,
+        erased_version=message.erased_version,
+        silent_ms=message.silent_ms,
+        live=message.live,
     )
 
 

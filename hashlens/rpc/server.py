@@ -122,6 +122,9 @@ class Service(Protocol):
     def register(self, server: grpc.aio.Server) -> None:
         """Add the servicers; nothing is called before `warm_up` has returned."""
 
+    def listens(self, address: str) -> None:
+        """Learn where the server listens, before `warm_up`: host:port, the port a real one."""
+
     async def warm_up(self) -> None:
         """Load, compile and connect what the first call would else wait for."""
 
@@ -170,6 +173,8 @@ async def serve(config: ServerConfig, service: Service) -> None:
             f"cannot listen on {config.listen}: it is in use, or no address of this machine "
             f"({error})"
         ) from None
+    address = f"{config.listen.rpartition(':')[0]}:{port}"
+    service.listens(address)
     await server.start()
     try:
         if await _finished_first(service.warm_up(), stop):
@@ -180,7 +185,6 @@ async def serve(config: ServerConfig, service: Service) -> None:
             gate.open()
             for name in health_names:
                 await health_servicer.set(name, _SERVING)
-            address = f"{config.listen.rpartition(':')[0]}:{port}"
             sys.stdout.write(json.dumps({"listening": address, "pid": os.getpid()}) + "\n")
             sys.stdout.flush()
             logger.info("serving %s on %s", ", ".join(service.names), address)

@@ -11,10 +11,11 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import weakref
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,8 @@ from search_service.storage.manifest import FileState
 _MIN_STEP_BYTES: Final = 1 << 16
 _MAX_STEP_BYTES: Final = 1 << 26
 _CHECK_BYTES: Final = 1 << 24
+
+Mappings: TypeAlias = weakref.WeakSet[mmap.mmap]
 
 
 class AppendFile:
@@ -74,6 +77,8 @@ class AppendFile:
         self._staged = (0, 0)
         self._reserved = 0
         self._view: NDArray[np.uint8] | None = None
+        self.mappings: Mappings = weakref.WeakSet()
+        """All that are in use still."""
         if state is None:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         else:
@@ -128,6 +133,7 @@ class AppendFile:
             mapping = mmap.mmap(self._fd, self._reserved, access=mmap.ACCESS_READ)
             if self._random_access and hasattr(mmap, "MADV_RANDOM"):
                 mapping.madvise(mmap.MADV_RANDOM)
+            self.mappings.add(mapping)
             self._view = np.frombuffer(mapping, dtype=np.uint8)
         return self._view
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +17,21 @@ from search_service.storage import layout
 from search_service.storage.append_file import AppendFile
 from search_service.storage.failpoints import reach
 from search_service.storage.manifest import FileState, Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """What of a collection's files counted at a moment."""
+
+    rows: int
+    deaths: int
+    seq: int
+    """The last write that was applied."""
+    dead: NDArray[np.uint8] | None
+    """1 for each row that was dead, shape ``[rows]``; None without any."""
+    records: NDArray[Any]
+    """`layout.ROW`, shape ``[rows]``, mapped."""
+    files: dict[str, FileState]
 
 
 class Arrays:
@@ -207,7 +223,15 @@ class Arrays:
         """
         unsynced, self._unsynced = list(self._unsynced), set()
         new_names, self._new_names = self._new_names, False
-        return {file.path.name: file.state for file in self._open}, unsynced, new_names
+        return self.lengths(), unsynced, new_names
+
+    def lengths(self) -> dict[str, FileState]:
+        """Return what counts now."""
+        return {file.path.name: file.state for file in self._open}
+
+    def files(self, names: Collection[str]) -> list[AppendFile]:
+        """Return those of the files that have such names."""
+        return [file for file in self._open if file.path.name in names]
 
     def retire(self, synced: Iterable[AppendFile]) -> None:
         """Give the descriptors of durable files back that will not grow: there may be many."""

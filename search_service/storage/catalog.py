@@ -19,6 +19,7 @@ from hashlens.errors import (
 from hashlens.types import CollectionSpec
 from search_service.storage import layout, scripts
 from search_service.storage.connection import Caller, run_script
+from search_service.storage.erasure import Eraser
 from search_service.storage.keys import (
     COLLECTIONS,
     DROPPED,
@@ -26,8 +27,10 @@ from search_service.storage.keys import (
     Meta,
     check_status,
     read_meta,
+    restoring,
     text,
 )
+from search_service.storage.replicas import FORGET_S, SILENCE_S, ReplicaList
 
 REQUEST_TTL_S: Final = 600
 """How long a request id is remembered, in seconds."""
@@ -74,6 +77,10 @@ class Catalog:
 
     def __init__(self, url: str, attempt_timeout_s: float) -> None:
         self._caller = Caller(url, attempt_timeout_s)
+        self.replicas = ReplicaList(self._caller)
+        """Who follows the logs."""
+        self.eraser = Eraser(self._caller)
+        """Erases from the logs."""
 
     def close(self) -> None:
         """Close all connections."""
@@ -145,6 +152,8 @@ class Catalog:
             self._add_name(spec.name, give_up - time.monotonic())
             reply = self._script(scripts.CREATE, [keys.meta], arguments, give_up - time.monotonic())
             meta = read_meta(spec.name, dict(zip(reply[::2], reply[1::2], strict=True)))
+            if meta.is_restoring:
+                raise PreconditionError(restoring(spec.name))
             if not meta.is_dropping:
                 self._add_name(spec.name, give_up - time.monotonic())
                 return meta
@@ -178,7 +187,7 @@ class Catalog:
             doomed = [key for number in numbers for key in keys.buckets(number)]
             arguments = [keys.meta, *doomed]
             self._script(scripts.DROP_KEYS, arguments, [meta.epoch], give_up - time.monotonic())
-        doomed = [keys.meta, keys.log, keys.replicas]
+        doomed = [keys.meta, keys.log, keys.replicas, keys.seen]
         self._script(scripts.DROP_END, doomed, [meta.epoch], give_up - time.monotonic())
         self._remove_name(meta.spec.name, give_up - time.monotonic())
 
@@ -277,15 +286,37 @@ class Catalog:
         return Written(int(reply[1]), int(reply[2]))
 
     def trim(
-        self, meta: Meta, replica_id: str, seq: int, budget_entries: int, deadline_s: float
+        self,
+        meta: Meta,
+        replica_id: str,
+        seq: int,
+        budget_entries: int,
+        deadline_s: float,
+        *,
+        silence_s: float = SILENCE_S,
+        forget_s: float = FORGET_S,
     ) -> str:
-        """Move a replica's checkpoint and trim the log behind the slowest; return the status."""
+        """Move a replica's checkpoint and trim the log behind the slowest; return the status.
+
+        Parameters
+        ----------
+        meta
+            Of the collection.
+        replica_id, seq
+            Which replica, and up to where its files are safe.
+        budget_entries
+            Most entries to keep for slower replicas.
+        deadline_s
+            The longest to wait, in seconds.
+        silence_s, forget_s
+            The log does not wait for a replica that was silent for longer, and one that was silent
+            for much longer is forgotten, in seconds.
+        """
         keys = Keys(meta.spec.name)
         arguments = [meta.epoch, replica_id, seq, budget_entries]
-        reply = self._script(
-            scripts.TRIM, [keys.meta, keys.log, keys.replicas], arguments, deadline_s
-        )
-        return text(reply[0])
+        arguments += [int(silence_s * 1000), int(forget_s * 1000)]
+        names = [keys.meta, keys.log, keys.replicas, keys.seen]
+        return text(self._script(scripts.TRIM, names, arguments, deadline_s)[0])
 
     def _write(
         self,

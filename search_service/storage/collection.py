@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from hashlens.errors import (
     DeadlineError,
     HashlensError,
     InvalidInputError,
+    LimitError,
     OverloadedError,
     PreconditionError,
     UnavailableError,
@@ -26,17 +28,21 @@ from hashlens.types import (
     CollectionInfo,
     CollectionSpec,
     DeleteResult,
+    ReplicaInfo,
 )
 from search_service.snapshot import Snapshot
 from search_service.storage import layout
 from search_service.storage.catalog import Catalog, Raw
+from search_service.storage.compaction import Compacted, Pace, compact
 from search_service.storage.expiry import remove_expired
 from search_service.storage.failpoints import reach
 from search_service.storage.follower import Follower
 from search_service.storage.keys import Meta
+from search_service.storage.leases import Lease, Leases
 from search_service.storage.local import LocalCollection
 from search_service.storage.packed_records import packed_records
 from search_service.storage.records import Record
+from search_service.storage.replicas import Identity, LogLimits, Replicas
 from search_service.storage.tag_builder import TagBuilder
 
 logger = logging.getLogger(__name__)
@@ -60,10 +66,10 @@ class Collection:
         Where writes go.
     follower
         Applies what Redis has acknowledged; `start` starts it.
-    replica_id
-        Under which the log is kept for this replica.
-    log_budget_bytes
-        How much of the log is kept for slower replicas.
+    replica
+        This one, for which the log is kept.
+    limits
+        How long it is kept for others.
     durability
         Returns what Redis does before it acknowledges.
     """
@@ -74,15 +80,15 @@ class Collection:
         catalog: Catalog,
         follower: Follower,
         *,
-        replica_id: str,
-        log_budget_bytes: int,
+        replica: Identity,
+        limits: LogLimits,
         durability: Callable[[], str],
     ) -> None:
         self._local = local
         self._catalog = catalog
         self._follower = follower
-        self._replica_id = replica_id
-        self._log_budget_bytes = log_budget_bytes
+        self._replica = replica
+        self._limits = limits
         self._durability = durability
         self._code_bytes = codes.n_bytes(local.spec.n_bits)
         self._feature_bytes = layout.feature_bytes(local.spec)
@@ -92,6 +98,18 @@ class Collection:
         self._meta = Meta(local.spec, local.epoch, local.n_buckets, local.seq, False)
         self._checkpointed_at = time.monotonic()
         self._tags = TagBuilder(local)
+        self._stopping = threading.Event()
+        self._rebuilding = threading.Lock()
+        self._note = ""
+        self._successor: Collection | None = None
+
+    @property
+    def newest(self) -> Collection:
+        """What took its place when its files were replaced; until then, itself."""
+        found = self
+        while found._successor is not None:
+            found = found._successor
+        return found
 
     @property
     def spec(self) -> CollectionSpec:
@@ -112,6 +130,56 @@ class Collection:
     def is_lost(self) -> bool:
         """Whether the local files are not all there is, and the log cannot mend that."""
         return self._follower.is_lost
+
+    @property
+    def needs_files(self) -> bool:
+        """Whether it is lost, and other files are being looked for."""
+        return self._follower.needs_files
+
+    def note(self, what: str) -> None:
+        """Say in `info` what is done about its trouble."""
+        self._note = what
+
+    def succeeded_by(self, collection: Collection) -> None:
+        """Let those who wait for a version wait for it there."""
+        self._successor = collection
+
+    def hello(self, deadline_s: float) -> None:
+        """Tell the other replicas that this one is alive; raises as `catalog.ReplicaList`."""
+        self._catalog.replicas.hello(self._meta, self._replica, self._local.erased_seq, deadline_s)
+
+    def replicas(self, deadline_s: float) -> list[ReplicaInfo]:
+        """Return all replicas, by id; raises as `catalog.ReplicaList`."""
+        return self.look(deadline_s).infos
+
+    def look(self, deadline_s: float) -> Replicas:
+        """Return all replicas and where the log begins; raises as `catalog.ReplicaList`."""
+        return self._catalog.replicas.look(self._meta, deadline_s, silence_s=self._limits.silence_s)
+
+    def lend(self, leases: Leases, min_version: int) -> Lease:
+        """Lend the files to a replica that copies them, with a checkpoint first if need be.
+
+        Raises
+        ------
+        UnavailableError
+            The files are not that new, or this replica needs others itself.
+        OverloadedError
+            There are too many leases.
+        LimitError
+            The disk is full or broken.
+        """
+        if self.is_lost:
+            raise UnavailableError(f"This replica of {self.spec.name} has no place in the log.")
+        try:
+            if self._local.checkpoint_seq < min_version:
+                self.checkpoint()
+            if self._local.checkpoint_seq < min_version:
+                raise UnavailableError(
+                    f"This replica of {self.spec.name} has only version {self._local.seq}."
+                )
+            return leases.grant(self._local)
+        except OSError as error:
+            raise LimitError(f"The files cannot be lent ({error}).") from error
 
     def snapshot(self) -> Snapshot:
         """Return the newest version; cheap, takes no lock, needs no Redis."""
@@ -141,8 +209,8 @@ class Collection:
             checkpoint_version=self._local.checkpoint_seq,
             durability="unknown" if away else self._durability(),
             writable=trouble is None,
-            detail=self._checkpoint_trouble if trouble is None else trouble.message,
-            replica_id=self._replica_id,
+            detail=self._checkpoint_trouble if trouble is None else self._explained(trouble),
+            replica_id=self._replica.id,
             n_missing_features=self._local.n_missing_features,
             erased_version=self._local.erased_seq,
         )
@@ -273,14 +341,79 @@ class Collection:
         try:
             self._catalog.trim(
                 self._meta,
-                self._replica_id,
+                self._replica.id,
                 seq,
-                max(int(self._log_budget_bytes / self._follower.mean_bytes), 1),
+                max(int(self._limits.budget_bytes / self._follower.mean_bytes), 1),
                 deadline_s=_TRIM_S,
+                silence_s=self._limits.silence_s,
+                forget_s=self._limits.forget_s,
             )
         except HashlensError as error:
             logger.info("the log of %s is not trimmed: %s", self.spec.name, error)
         return seq
+
+    @property
+    def checkpoint_seq(self) -> int:
+        """Everything up to this write is safe in the local files."""
+        return self._local.checkpoint_seq
+
+    @property
+    def erased_seq(self) -> int:
+        """Rows that were dead at this write are in none of the local files."""
+        return self._local.erased_seq
+
+    def ask_to_erase(self, deadline_s: float) -> int:
+        """Ask all replicas to erase what is dead by now; return the version that this is.
+
+        Raises
+        ------
+        PreconditionError, NotFoundError
+            Redis and this replica do not hold the same collection.
+        UnavailableError
+            Redis is away.
+        """
+        give_up = time.monotonic() + deadline_s
+        self._check_writable(give_up)
+        seq = self._catalog.eraser.ask(
+            self._meta, self._follower.known_seq, give_up - time.monotonic()
+        )
+        self._follower.saw(seq)
+        return seq
+
+    def compact(self, bytes_per_s: float = 0) -> Compacted:
+        """Write the local files anew without the rows of replaced and deleted items.
+
+        Searching and writing go on. Another call meanwhile waits and goes over the files again.
+        Redis is told, if it is there, and the log is trimmed.
+
+        Parameters
+        ----------
+        bytes_per_s
+            Most bytes that are copied per second; 0 for no limit.
+
+        Raises
+        ------
+        CancelledError
+            The collection was closed or dropped.
+        PreconditionError
+            The local files are not all there is; they are kept as they are.
+        OSError, DataLossError
+            See `compaction.compact`.
+        """
+        with self._rebuilding:
+            if self.is_lost:
+                raise PreconditionError(self.info().detail)
+            done = compact(self._local, Pace(bytes_per_s, self._stopping))
+        self.checkpoint()
+        if self._follower.trouble is None:
+            # The next hello tells it, too; this one does so at once.
+            with contextlib.suppress(HashlensError):
+                self.hello(_TRIM_S)
+        return done
+
+    def stop_compacting(self) -> None:
+        """End a compaction that is under way, and all later ones at once."""
+        self._stopping.set()
 
     def checkpoint_is_due(self, *, interval_s: float, rows: int, n_bytes: int) -> bool:
         """Tell whether enough has been applied, or long enough ago."""
@@ -296,15 +429,14 @@ class Collection:
         self._tags.start()
 
     def stop(self) -> None:
-        """Ask the threads to end; `close` and `remove` wait for them."""
+        """Ask all that is under way to end; `close` and `remove` wait for it."""
+        self.stop_compacting()
         self._tags.stop()
         self._follower.stop()
 
     def close(self) -> None:
         """End, with a last checkpoint. Snapshots that are in use stay valid."""
-        self.stop()
-        self._follower.join()
-        self._tags.join()
+        self._end()
         try:
             self.checkpoint()
         except (OSError, HashlensError) as error:
@@ -313,10 +445,15 @@ class Collection:
 
     def remove(self) -> None:
         """End, and delete the local files. Snapshots that are in use stay valid."""
+        self._end()
+        self._local.remove()
+
+    def _end(self) -> None:
         self.stop()
         self._follower.join()
         self._tags.join()
-        self._local.remove()
+        with self._rebuilding:
+            pass
 
     def _check_writable(self, give_up: float) -> None:
         """Refuse what could not be applied here; the rest is for Redis to say."""
@@ -326,9 +463,16 @@ class Collection:
             trouble = self._follower.trouble
         if trouble is None or self.is_foreign:
             return
-        if self._follower.is_lost:
+        if self.needs_files:
+            raise UnavailableError(self._explained(trouble))
+        if self.is_lost:
             raise PreconditionError(trouble.message)
         raise type(trouble)(trouble.message)
+
+    def _explained(self, trouble: HashlensError) -> str:
+        """Return what is wrong, and what is done about it."""
+        note = self._note if self.needs_files else ""
+        return f"{trouble.message} {note}".rstrip()
 
     def _keep_up(self, give_up: float) -> None:
         """Wait until the log is not far ahead of the files: Redis holds it in memory until then."""

@@ -1,15 +1,19 @@
-"""The directory of one replica: one process at a time, under an id of its own."""
+"""The directory of one replica: one process at a time, under an id of its own; what comes and goes
+in it does so whole."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
+import shutil
+import time
 import uuid
 from pathlib import Path
 
 from hashlens.errors import PreconditionError
-from search_service.storage.manifest import replace_file
+from search_service.storage.failpoints import reach
+from search_service.storage.manifest import replace_file, sync_directory
 
 
 def lock(directory: Path) -> int:
@@ -43,3 +47,29 @@ def replica_id(directory: Path) -> str:
     made = str(uuid.uuid4())
     replace_file(path, f"{made}\n".encode())
     return made
+
+
+def discard(directory: Path) -> None:
+    """Delete a directory so that a crash never leaves half of it under its name."""
+    doomed = directory.with_name(f".trash-{uuid.uuid4().hex}")
+    reach("drop.begin")
+    directory.rename(doomed)
+    reach("drop.files")
+    shutil.rmtree(doomed)
+
+
+def clean(parent: Path) -> None:
+    """Delete what an interrupted `LocalCollection.create`, `lend` or `discard` left behind."""
+    for pattern in (".new-*", ".trash-*", ".lease-*"):
+        for path in parent.glob(pattern):
+            shutil.rmtree(path)
+
+
+def quarantine(directory: Path, quarantine_directory: Path) -> Path:
+    """Put damaged files aside for a person to look at; return where they are."""
+    quarantine_directory.mkdir(exist_ok=True)
+    when = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    aside = quarantine_directory / f"{directory.name}-{when}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+    directory.rename(aside)
+    sync_directory(directory.parent)
+    return aside

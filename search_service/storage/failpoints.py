@@ -34,11 +34,36 @@ NAMES: Final[frozenset[str]] = frozenset(
         "checkpoint.trim",
         # A segment of features is full, and the next begins.
         "seal.segment",
+        # The files are written anew without their dead rows.
+        "compact.begin",
+        "compact.copy",
+        "compact.sync",
+        "compact.manifest",
+        "compact.switched",
+        "compact.unlink",
+        # Files are made anew from Redis.
+        "rebuild.scan",
+        "rebuild.write",
+        "rebuild.rename",
+        # Files are copied from another replica.
+        "copy.begin",
+        "copy.part",
+        "copy.verify",
+        "copy.rename",
         # A collection comes or goes.
         "create.manifest",
         "create.rename",
         "drop.begin",
         "drop.files",
+        # A backup is made: a file of it is there; all are, but it is not said.
+        "backup.file",
+        "backup.finish",
+        # A backup is restored: the files are copied, a part is in Redis, all is, all but the last
+        # step is done.
+        "restore.files",
+        "restore.redis",
+        "restore.rename",
+        "restore.activate",
     }
 )
 """All places. A test that names another fails at once."""

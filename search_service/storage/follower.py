@@ -43,6 +43,10 @@ class ResyncNeededError(PreconditionError):
     """The log and the local files have no common point from which to go on."""
 
 
+class LostWritesError(ResyncNeededError):
+    """Redis has lost writes that are here: an operator decides which of the two is right."""
+
+
 class Follower:
     """Applies the log as it grows, reconnecting for as long as it takes.
 
@@ -57,8 +61,8 @@ class Follower:
     timeout_s
         The longest wait for a reply of Redis.
     on_change
-        Called when following begins, and when Redis turns out to have another collection of the
-        name, or none.
+        Called when following begins, when Redis turns out to have another collection of the name,
+        or none, and when other files are needed.
     """
 
     def __init__(
@@ -116,6 +120,11 @@ class Follower:
         return isinstance(self._trouble, ResyncNeededError)
 
     @property
+    def needs_files(self) -> bool:
+        """Whether other files are needed; then the thread has ended."""
+        return self.is_lost and not isinstance(self._trouble, LostWritesError)
+
+    @property
     def is_foreign(self) -> bool:
         """Whether Redis has another collection of the name, or none."""
         return isinstance(self._trouble, PreconditionError | NotFoundError) and not self.is_lost
@@ -158,6 +167,8 @@ class Follower:
             except Exception as error:
                 # Whatever it is, reading goes on and the thread lives to try again.
                 self._note(error)
+            if self.needs_files:
+                return
             self._stopping.wait(_FIRST_PAUSE_S * random.uniform(0.5, 1.0))
             self._hurry.wait((pause_s - _FIRST_PAUSE_S) * random.uniform(0.5, 1.0))
             self._hurry.clear()
@@ -184,9 +195,11 @@ class Follower:
             local.epoch, self._replica_id, checkpoint_seq=local.checkpoint_seq, seq=local.seq
         )
         if position.seq < known_seq:
-            self._give_up(f"Redis went back from version {known_seq} to {position.seq}")
+            self._give_up(
+                f"Redis went back from version {known_seq} to {position.seq}", LostWritesError
+            )
         if position.here is not None and zlib.crc32(position.here) != local.log_crc32:
-            self._give_up(f"Redis has another write as version {local.seq}")
+            self._give_up(f"Redis has another write as version {local.seq}", LostWritesError)
         if local.seq and position.here is None and position.first is not None:
             # Without it nothing shows that the log continues the files.
             self._give_up(f"the log, from version {position.first}, lacks that one")
@@ -248,11 +261,16 @@ class Follower:
                 logger.warning("%s takes no writes: %s", self._local.spec.name, refusal.message)
             self._refusal = refusal
 
-    def _give_up(self, reason: str) -> NoReturn:
-        raise ResyncNeededError(
+    def _give_up(self, reason: str, kind: type[ResyncNeededError] = ResyncNeededError) -> NoReturn:
+        advice = ""
+        if kind is LostWritesError:
+            advice = (
+                " Bring back the Redis that has them. If restarting the search service does not "
+                "mend it, drop the collection and index again, or take this replica's files away."
+            )
+        raise kind(
             f"This replica's files of {self._local.spec.name} end at version {self._local.seq}, "
-            f"but {reason}. Searching goes on in what is there. If restarting the search service "
-            "does not mend it, drop the collection and index again."
+            f"but {reason}. Searching goes on in what is there.{advice}"
         )
 
     def _note(self, error: Exception) -> None:
@@ -273,7 +291,7 @@ class Follower:
                 trouble.message,
                 exc_info=None if expected else error,
             )
-        if self.is_foreign:
+        if self.is_foreign or self.is_lost:
             self._on_change()
 
 

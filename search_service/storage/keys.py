@@ -34,6 +34,13 @@ class Meta:
     n_buckets: int
     seq: int
     is_dropping: bool
+    is_restoring: bool = False
+    """A backup is being put back, or was until something stopped it."""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it is there for everyone."""
+        return not self.is_dropping and not self.is_restoring
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +63,11 @@ class Keys:
     def replicas(self) -> str:
         """HASH replica id -> sequence number that is safe in its files."""
         return f"hl:{{{self.name}}}:replicas"
+
+    @property
+    def seen(self) -> str:
+        """HASH replica id -> when it was last heard of, what it has erased, where it is."""
+        return f"hl:{{{self.name}}}:seen"
 
     def request(self, epoch: str, request_id: str) -> str:
         """HASH: the answer to a write. The epoch keeps a new collection from an old one's."""
@@ -89,6 +101,7 @@ def read_meta(name: str, found: Mapping[Any, bytes | str]) -> Meta:
             n_buckets=int(fields["n_buckets"]),
             seq=int(fields["seq"]),
             is_dropping=fields["state"] == "dropping",
+            is_restoring=fields["state"] == "restoring",
         )
     except (KeyError, ValueError) as error:
         raise DataLossError(f"The key {Keys(name).meta} cannot be read: {error!r}") from None
@@ -104,6 +117,8 @@ def check_status(name: str, reply: Sequence[Any]) -> None:
         )
     if status == "dropping":
         raise NotFoundError(f"The collection {name} is being dropped.")
+    if status == "restoring":
+        raise PreconditionError(restoring(name))
     if status == "behind":
         raise PreconditionError(
             f"Redis went back to version {text(reply[1])} of the collection {name}: it has lost "
@@ -119,6 +134,14 @@ def foreign(name: str, epoch: str | None) -> str:
     return (
         f"This replica holds the collection {name}, but Redis {found}: it was emptied, or it is "
         "the wrong server. Bring the right one back; or drop the collection and index again."
+    )
+
+
+def restoring(name: str) -> str:
+    """Say that a collection is not there yet."""
+    return (
+        f"The collection {name} is being restored. If nobody is at it, `hashlens restore` "
+        "completes it and `hashlens drop` removes it."
     )
 
 

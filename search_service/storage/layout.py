@@ -46,9 +46,14 @@ PUT: Final = 1
 DELETE: Final = 2
 """The log record removes an item."""
 
+MARK: Final = 3
+"""The log record changes nothing; it takes room, so that the log can be trimmed up to it."""
+
 _RECORD = struct.Struct("<BHII")
 _EXTRAS = struct.Struct("<QH")
+_GENERATION = re.compile(r"(?:codes|rows|ids|payloads|tags|dead|features)-(\d+)\..+")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+_FILE = re.compile(r"[a-z]{2,16}-[0-9]{1,9}(\.[a-z0-9]{1,12}){1,2}")
 _BUCKET_ENTRIES = 128
 _MAX_BUCKETS = 1 << 24
 _MAX_SEGMENT_ROWS = 1 << 17
@@ -60,7 +65,7 @@ class LogRecord(NamedTuple):
     seq: int
     """Its place in the order of writes, from 1 without holes."""
     op: int
-    """`PUT` or `DELETE`."""
+    """`PUT`, `DELETE` or `MARK`."""
     id: str
     code: bytes
     payload: bytes
@@ -77,6 +82,11 @@ class LogRecord(NamedTuple):
 def is_safe_name(name: str) -> bool:
     """Tell whether a name may become a directory and a part of Redis keys."""
     return _NAME.fullmatch(name) is not None
+
+
+def is_safe_file(name: str) -> bool:
+    """Tell whether a name may be that of a file of rows, and leads to nowhere else."""
+    return _FILE.fullmatch(name) is not None
 
 
 def pack_put(item_id: bytes, code: bytes, extras: bytes, feature: bytes | memoryview) -> bytes:
@@ -137,6 +147,11 @@ def pack_expire(item_id: bytes, seq: int) -> bytes:
     return seq.to_bytes(8, "little") + pack_delete(item_id)
 
 
+def pack_mark(filling_bytes: int) -> bytes:
+    """Return the log record of a mark."""
+    return _RECORD.pack(MARK, 0, 0, filling_bytes) + bytes(filling_bytes)
+
+
 def unpack_record(seq: int, raw: bytes, n_bits: int, feature_bytes: int) -> LogRecord:
     """Read a log record.
 
@@ -145,7 +160,7 @@ def unpack_record(seq: int, raw: bytes, n_bits: int, feature_bytes: int) -> LogR
     seq
         Its sequence number, for the error message.
     raw
-        As `pack_put` or `pack_delete` made it.
+        As `pack_put`, `pack_delete` or `pack_mark` made it.
     n_bits, feature_bytes
         What the collection's items have.
 
@@ -156,6 +171,10 @@ def unpack_record(seq: int, raw: bytes, n_bits: int, feature_bytes: int) -> LogR
     """
     try:
         op, id_bytes, extras_bytes, found_bytes = _RECORD.unpack_from(raw)
+        if op == MARK:
+            if id_bytes or extras_bytes or len(raw) != _RECORD.size + found_bytes:
+                raise ValueError("a mark with content")
+            return LogRecord(seq, MARK, "", b"", b"", b"", 0, b"", raw)
         id_end = _RECORD.size + id_bytes
         code_end = id_end + (codes.n_bytes(n_bits) if op == PUT else 0)
         extras_end = code_end + extras_bytes
@@ -247,3 +266,9 @@ def deaths_file(generation: int) -> str:
 def features_file(generation: int, segment: int, dtype: FeatureDtype) -> str:
     """Return the name of one segment of features."""
     return f"features-{generation}.s{segment:05d}.{dtype.value}"
+
+
+def generation_of(name: str) -> int | None:
+    """Return the generation that a file belongs to by its name, or None if it has none."""
+    found = _GENERATION.fullmatch(name)
+    return None if found is None else int(found[1])

@@ -6,33 +6,31 @@ whoever makes a checkpoint does not stop the other two.
 
 from __future__ import annotations
 
-import codecs
+import contextlib
 import os
 import shutil
 import threading
-import time
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hashlens import codes
-from hashlens.errors import DataLossError, DeadlineError
+from hashlens.errors import CancelledError, DataLossError, DeadlineError, UnavailableError
 from hashlens.types import CollectionSpec
 from search_service.snapshot import Snapshot
-from search_service.storage import layout, manifest
-from search_service.storage.arrays import Arrays
+from search_service.storage import data_dir, layout, manifest
+from search_service.storage.arrays import Arrays, Prefix
 from search_service.storage.failpoints import reach
+from search_service.storage.frozen import Frozen
 from search_service.storage.id_index import StoredIds
 from search_service.storage.layout import LogRecord
-from search_service.storage.manifest import Manifest
-from search_service.storage.rows import RowsAt, RowTable
-
-_CHECK_BYTES: Final = 1 << 20
+from search_service.storage.manifest import FileState, Manifest
+from search_service.storage.rows import RowsAt, RowTable, load_table
 
 
 class LocalCollection:
@@ -50,14 +48,19 @@ class LocalCollection:
         """The last write that is safe in the files."""
         self.erased_seq = loaded.erased_seq
         """Rows that were dead at this write are in none of the files."""
-        self._directory = directory
-        self._generation = loaded.generation
+        self.directory = directory
+        """Where the files are."""
+        self.generation = loaded.generation
+        """Part of the names of the files that count now."""
+        self._saved_erased_seq = loaded.erased_seq
         self._arrays = arrays
         self._table = table
         self._rows_since_checkpoint = 0
         self._bytes_since_checkpoint = 0
         self._failed_sync = ""
         self._closed = False
+        # Files that take the place of others may have other rows under the same generation.
+        self._load_id = uuid.uuid4().hex
         self._lock = threading.Lock()
         self._checkpoint_lock = threading.Lock()
         self._published = threading.Condition()
@@ -128,10 +131,23 @@ class LocalCollection:
                 path.unlink()
         arrays = Arrays.load(directory, loaded)
         try:
-            return cls(directory, loaded, arrays, _load_table(directory, arrays))
+            return cls(directory, loaded, arrays, load_table(directory, arrays))
         except BaseException:
             arrays.close()
             raise
+
+    @classmethod
+    def over(cls, directory: Path, loaded: Manifest, arrays: Arrays) -> Self:
+        """Take rows that are in the files already, none of them safe before a `checkpoint`.
+
+        Raises
+        ------
+        DataLossError
+            An id is not text.
+        """
+        local = cls(directory, loaded, arrays, load_table(directory, arrays))
+        local.checkpoint_seq = -1
+        return local
 
     @property
     def snapshot(self) -> Snapshot:
@@ -159,6 +175,23 @@ class LocalCollection:
     def pending(self) -> tuple[int, int]:
         """Rows and bytes applied since the last checkpoint began."""
         return self._rows_since_checkpoint, self._bytes_since_checkpoint
+
+    def frozen(self) -> Frozen:
+        """Return everything in the files at this moment, for who compares it."""
+        with self._lock:
+            arrays = self._arrays
+            return Frozen(
+                seq=self.seq,
+                generation=self.generation,
+                rows_per_segment=arrays.rows_per_segment,
+                words=arrays.words(),
+                records=arrays.records(),
+                deaths=arrays.death_records(),
+                ids=arrays.id_bytes(),
+                payloads=arrays.payload_bytes(),
+                tags=arrays.tag_bytes(),
+                table=self._table,
+            )
 
     def wait_for(self, version: int, deadline_s: float) -> Snapshot:
         """Return the newest snapshot as soon as it has a version.
@@ -189,8 +222,8 @@ class LocalCollection:
         OSError
             The disk is full or broken. Nothing was applied; trying again is safe.
         """
-        puts, deaths = self._sort_out(records)
         with self._lock:
+            puts, deaths = self._table.sort_out(records, self._stored_ids())
             id_end, payload_end, tags_end = self._arrays.ends()
             ids = [record.id.encode() for record in puts]
             rows = np.zeros(len(puts), dtype=layout.ROW)
@@ -216,12 +249,8 @@ class LocalCollection:
             self.log_crc32 = zlib.crc32(records[-1].raw)
             self._rows_since_checkpoint += len(records)
             self._bytes_since_checkpoint += sum(len(record.raw) for record in records)
-        reach("append.publish")
-        snapshot = self._build()
-        snapshot.ids.index_tags()
-        with self._published:
-            self._snapshot = snapshot
-            self._published.notify_all()
+            reach("append.publish")
+            self._publish()
 
     def checkpoint(self) -> int:
         """Make everything applied so far safe; return the version that is.
@@ -235,29 +264,14 @@ class LocalCollection:
             cannot be known. Starting again rebuilds it from the log.
         """
         with self._checkpoint_lock:
-            if self._failed_sync:
-                raise DataLossError(
-                    f"The disk under {self._directory} lost writes ({self._failed_sync}). "
-                    "Mend it, then restart the search service."
-                )
+            self.check_disk()
             with self._lock:
-                seq = self.seq
-                if seq == self.checkpoint_seq or self._closed:
+                seq, erased_seq = self.seq, self.erased_seq
+                saved = (self.checkpoint_seq, self._saved_erased_seq)
+                if (seq, erased_seq) == saved or self._closed:
                     return self.checkpoint_seq
                 files, unsynced, new_names = self._arrays.state()
-                state = Manifest(
-                    spec=self.spec,
-                    epoch=self.epoch,
-                    n_buckets=self.n_buckets,
-                    generation=self._generation,
-                    rows_per_segment=self._arrays.rows_per_segment,
-                    seq=seq,
-                    log_crc32=self.log_crc32,
-                    rows=self._arrays.rows,
-                    deaths=self._arrays.deaths,
-                    erased_seq=self.erased_seq,
-                    files=files,
-                )
+                state = self._manifest(self._arrays, self.generation, erased_seq, files)
                 self._rows_since_checkpoint = self._bytes_since_checkpoint = 0
             try:
                 reach("checkpoint.begin")
@@ -265,16 +279,132 @@ class LocalCollection:
                     file.sync()
                     reach("checkpoint.sync")
                 if new_names:
-                    manifest.sync_directory(self._directory)
+                    manifest.sync_directory(self.directory)
             except OSError as error:
                 # The kernel may have dropped the pages and would report success the next time.
                 self._failed_sync = str(error)
                 raise
-            manifest.write(self._directory, state)
-            self.checkpoint_seq = seq
+            manifest.write(self.directory, state)
+            self.checkpoint_seq, self._saved_erased_seq = seq, erased_seq
             with self._lock:
                 self._arrays.retire(unsynced)
             return seq
+
+    def check_disk(self) -> None:
+        """Raise DataLossError if the disk has lost what was written, see `checkpoint`."""
+        if self._failed_sync:
+            raise DataLossError(
+                f"The disk under {self.directory} lost writes ({self._failed_sync}). "
+                "Mend it, then restart the search service."
+            )
+
+    def prefix(self) -> Prefix:
+        """Return what of the files counts now; it stays true while they grow."""
+        with self._lock:
+            return self._prefix()
+
+    def note_erased(self) -> bool:
+        """If no row is dead, let this version count as erased, and tell so.
+
+        The next checkpoint makes that last.
+        """
+        with self._lock:
+            if self._table.n_dead:
+                return False
+            self.erased_seq = self.seq
+            return True
+
+    def switch(
+        self,
+        arrays: Arrays,
+        table: RowTable,
+        erased_seq: int,
+        finish: Callable[[Prefix], None],
+    ) -> Arrays:
+        """Go over to files of the next generation; return the old ones, closed.
+
+        Nothing is applied meanwhile. Whatever goes wrong before the manifest is switched, the old
+        files go on.
+
+        Parameters
+        ----------
+        arrays, table
+            The new files and the table of their rows; all but what `finish` adds should be durable.
+        erased_seq
+            Rows that were dead at this write are in none of the new files.
+        finish
+            Called with what there is now; adds to `arrays` and `table` what is missing.
+
+        Raises
+        ------
+        CancelledError
+            The collection was closed meanwhile.
+        OSError
+            The disk is full or broken.
+        DataLossError
+            The disk has failed to keep what was written. If that is the manifest, `generation` is
+            the new one already, and the files of both have to stay: which of the two comes back
+            after a crash is not known.
+        """
+        with self._checkpoint_lock, self._lock:
+            self.check_disk()
+            if self._closed:
+                raise CancelledError(f"{self.spec.name} was closed.")
+            finish(self._prefix())
+            files, unsynced, _ = arrays.state()
+            for file in unsynced:
+                reach("compact.sync")
+                file.sync()
+            manifest.sync_directory(self.directory)
+            generation = self.generation + 1
+            reach("compact.manifest")
+            try:
+                state = self._manifest(arrays, generation, erased_seq, files)
+                manifest.write(self.directory, state)
+            except OSError as error:
+                with contextlib.suppress(DataLossError):
+                    if manifest.read(self.directory).generation != generation:
+                        raise
+                self._failed_sync = str(error)
+            old, self._arrays, self._table = self._arrays, arrays, table
+            self.generation = generation
+            self.erased_seq = self._saved_erased_seq = erased_seq
+            self.checkpoint_seq = self.seq
+            self._rows_since_checkpoint = self._bytes_since_checkpoint = 0
+            self._publish()
+            old.close()
+            arrays.retire(unsynced)
+            reach("compact.switched")
+            self.check_disk()
+            return old
+
+    def lend(self, directory: Path) -> Manifest:
+        """Give the files of the last checkpoint second names in a new directory.
+
+        They stay readable under those whatever becomes of the collection. What is appended to them
+        meanwhile lies beyond what the manifest counts.
+
+        Raises
+        ------
+        UnavailableError
+            The collection is closed.
+        DataLossError
+            The manifest is damaged.
+        OSError
+            The disk is full or broken. Nothing is left behind.
+        """
+        with self._checkpoint_lock:
+            if self._closed:
+                raise UnavailableError(f"{self.spec.name} is closed.")
+            loaded = manifest.read(self.directory)
+            directory.mkdir()
+            try:
+                for name in (manifest.MANIFEST, *loaded.files):
+                    os.link(self.directory / name, directory / name)
+            except BaseException:
+                shutil.rmtree(directory, ignore_errors=True)
+                raise
+            return loaded
 
     def close(self) -> None:
         """Give the descriptors back; snapshots that are in use stay valid."""
@@ -285,28 +415,42 @@ class LocalCollection:
     def remove(self) -> None:
         """Close, and delete the files; snapshots that are in use stay valid."""
         self.close()
-        discard(self._directory)
+        data_dir.discard(self.directory)
 
-    def _sort_out(
-        self, records: Sequence[LogRecord]
-    ) -> tuple[list[LogRecord], list[tuple[int, int]]]:
-        """Return the writes that make rows, and (row, seq) of the rows that die."""
-        puts: list[LogRecord] = []
-        deaths: list[tuple[int, int]] = []
-        rows_now: dict[str, int | None] = {}
-        base = self._arrays.rows
-        rows_before = self._table.alive_rows([record.id for record in records], self._stored_ids())
-        for record, row_before in zip(records, rows_before, strict=True):
-            item_id = record.id
-            row = rows_now.get(item_id, row_before)
-            if row is not None:
-                deaths.append((row, record.seq))
-            if record.op == layout.PUT:
-                rows_now[item_id] = base + len(puts)
-                puts.append(record)
-            else:
-                rows_now[item_id] = None
-        return puts, deaths
+    def _prefix(self) -> Prefix:
+        arrays = self._arrays
+        return Prefix(
+            rows=arrays.rows,
+            deaths=arrays.deaths,
+            seq=self.seq,
+            dead=self._table.dead_flags(),
+            records=arrays.records(),
+            files=arrays.lengths(),
+        )
+
+    def _manifest(
+        self, arrays: Arrays, generation: int, erased_seq: int, files: dict[str, FileState]
+    ) -> Manifest:
+        return Manifest(
+            spec=self.spec,
+            epoch=self.epoch,
+            n_buckets=self.n_buckets,
+            generation=generation,
+            rows_per_segment=arrays.rows_per_segment,
+            seq=self.seq,
+            log_crc32=self.log_crc32,
+            rows=arrays.rows,
+            deaths=arrays.deaths,
+            erased_seq=erased_seq,
+            files=files,
+        )
+
+    def _publish(self) -> None:
+        snapshot = self._build()
+        snapshot.ids.index_tags()  # A little at a time: what has just come, as a rule.
+        with self._published:
+            self._snapshot = snapshot
+            self._published.notify_all()
 
     def _stored_ids(self) -> StoredIds:
         return StoredIds(self._arrays.id_bytes(), self._arrays.records())
@@ -336,61 +480,8 @@ class LocalCollection:
             dead=dead,
             has_feature=table.has_feature_flags(),
             model_id=self.spec.model_id,
-            table_id=f"{self.epoch}/{self._generation}",
+            table_id=f"{self.epoch}/{self.generation}/{self._load_id}",
         )
-
-
-def discard(directory: Path) -> None:
-    """Delete a directory so that a crash never leaves half of it under its name."""
-    doomed = directory.with_name(f".trash-{uuid.uuid4().hex}")
-    reach("drop.begin")
-    directory.rename(doomed)
-    reach("drop.files")
-    shutil.rmtree(doomed)
-
-
-def clean(parent: Path) -> None:
-    """Delete what an interrupted `LocalCollection.create` or `discard` left behind."""
-    for pattern in (".new-*", ".trash-*"):
-        for path in parent.glob(pattern):
-            shutil.rmtree(path)
-
-
-def quarantine(directory: Path, quarantine_directory: Path) -> Path:
-    """Put damaged files aside for a person to look at; return where they are."""
-    quarantine_directory.mkdir(exist_ok=True)
-    when = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    aside = quarantine_directory / f"{directory.name}-{when}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
-    directory.rename(aside)
-    manifest.sync_directory(directory.parent)
-    return aside
-
-
-def _load_table(directory: Path, arrays: Arrays) -> RowTable:
-    """Check the ids in the files, and rebuild the tombstones in memory."""
-    _check_ids(directory, arrays)
-    table = RowTable(arrays.rows)
-    dead = arrays.death_records()["row"].astype(np.int64)
-    if dead.size and int(dead.max()) >= arrays.rows:
-        raise DataLossError(f"a tombstone in {directory} has no row")
-    table.kill(dead)
-    table.lose(np.flatnonzero(arrays.records()["flags"] & layout.NO_FEATURE))
-    return table
-
-
-def _check_ids(directory: Path, arrays: Arrays) -> None:
-    """Raise DataLossError unless each id is UTF-8: all are, and none begins inside a letter."""
-    data = arrays.id_bytes()[: arrays.ends()[0]]
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        for first in range(0, len(data), _CHECK_BYTES):
-            decoder.decode(data[first : first + _CHECK_BYTES].data)
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        raise DataLossError(f"the ids in {directory} are not text: {error}") from None
-    starts = arrays.records()["id_end"][:-1]
-    if ((data[starts] & 0xC0) == 0x80).any():
-        raise DataLossError(f"the ids in {directory} are not text: one ends inside a letter")
 
 
 def _running_total(lengths: list[int]) -> NDArray[np.uint64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import redis
@@ -77,11 +78,11 @@ class LogReader:
         reply = run_script(
             self._client,
             scripts.REGISTER,
-            [self._keys.meta, self._keys.log, self._keys.replicas],
+            [self._keys.meta, self._keys.log, self._keys.replicas, self._keys.seen],
             [epoch, replica_id, checkpoint_seq, seq],
         )
         check_status(self._keys.name, reply)
-        return Position(int(reply[1]), _seq(reply[2]) if reply[2] else None, reply[3] or None)
+        return position_of(reply)
 
     def read(self, after_seq: int, count: int) -> Batch:
         """Return up to `count` entries after a sequence number, waiting a little for the first."""
@@ -93,7 +94,7 @@ class LogReader:
             streams, (epoch, seq), here = pipeline.execute()
         entries: list[Any] = streams[0][1] if streams else []
         return Batch(
-            [(_seq(entry_id), fields[1]) for entry_id, fields in entries],
+            [(seq_of(entry_id), fields[1]) for entry_id, fields in entries],
             None if epoch is None else epoch.decode(),
             int(seq or 0),
             here[0][1][b"r"] if here else None,
@@ -117,5 +118,11 @@ class LogReader:
             self._waker.close()
 
 
-def _seq(entry_id: bytes) -> int:
+def position_of(reply: Sequence[Any]) -> Position:
+    """Read the reply of `scripts.REGISTER`."""
+    return Position(int(reply[1]), seq_of(reply[2]) if reply[2] else None, reply[3] or None)
+
+
+def seq_of(entry_id: bytes) -> int:
+    """Return the sequence number in a log entry's id."""
     return int(entry_id.partition(b"-")[0])

@@ -63,7 +63,7 @@ def write(directory: Path, manifest: Manifest) -> None:
     body = dataclasses.asdict(manifest)
     body["spec"]["feature_dtype"] = manifest.spec.feature_dtype.value
     body["format"] = layout.FORMAT_VERSION
-    body["checksum"] = _checksum(body)
+    body["checksum"] = checksum(body)
     reach("checkpoint.manifest")
     replace_file(directory / MANIFEST, json.dumps(body, indent=1).encode())
 
@@ -80,8 +80,16 @@ def read(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     try:
-        body = json.loads(path.read_bytes())
-        if body.pop("checksum") != _checksum(body):
+        return parse(path.read_bytes(), path)
+    except OSError as error:
+        raise DataLossError(f"{path} cannot be read: {error!r}") from error
+
+
+def parse(data: bytes, path: Path) -> Manifest:
+    """Return the manifest that a file's bytes are; raises as `read`, `path` for the message."""
+    try:
+        body = json.loads(data)
+        if body.pop("checksum") != checksum(body):
             raise DataLossError(f"{path} does not match its checksum")
         if body.pop("format") != layout.FORMAT_VERSION:
             raise PreconditionError(
@@ -92,7 +100,7 @@ def read(directory: Path) -> Manifest:
         spec["feature_dtype"] = FeatureDtype(spec["feature_dtype"])
         files = {name: FileState(**state) for name, state in body.pop("files").items()}
         return Manifest(spec=CollectionSpec(**spec), files=files, **body)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataLossError(f"{path} cannot be read: {error!r}") from error
 
 
@@ -122,7 +130,7 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _checksum(body: dict[str, Any]) -> int:
-    """Return the CRC-32 of the canonical form, the checksum itself left out."""
+def checksum(body: dict[str, Any]) -> int:
+    """Return the CRC-32 of the canonical form of JSON that has no checksum yet."""
     canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return zlib.crc32(canonical.encode())

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hashlens.errors import DataLossError
 from hashlens.types import TagFilter
 from search_service.snapshot import Snapshot, Texts, read_only
 from search_service.storage import layout
+from search_service.storage.arrays import Arrays
 from search_service.storage.due import DueRows
 from search_service.storage.id_index import IdIndex, StoredIds
+from search_service.storage.layout import LogRecord
 from search_service.storage.tag_index import TagIndex
+
+_CHECK_BYTES: Final = 1 << 20
 
 
 class RowTable:
@@ -61,6 +69,28 @@ class RowTable:
     def is_dead(self, row: int) -> bool:
         """Tell whether a row was deleted or replaced."""
         return row < len(self._dead) and bool(self._dead[row])
+
+    def sort_out(
+        self, records: Sequence[LogRecord], stored: StoredIds
+    ) -> tuple[list[LogRecord], list[tuple[int, int]]]:
+        """Return the writes that make rows, and (row, seq) of the rows that die."""
+        puts: list[LogRecord] = []
+        deaths: list[tuple[int, int]] = []
+        rows_now: dict[str, int | None] = {}
+        rows_before = self.alive_rows([record.id for record in records], stored)
+        for record, row_before in zip(records, rows_before, strict=True):
+            if record.op == layout.MARK:
+                continue
+            item_id = record.id
+            row = rows_now.get(item_id, row_before)
+            if row is not None:
+                deaths.append((row, record.seq))
+            if record.op == layout.PUT:
+                rows_now[item_id] = self.rows + len(puts)
+                puts.append(record)
+            else:
+                rows_now[item_id] = None
+        return puts, deaths
 
     def extend(self, ids: Sequence[str], stored: StoredIds) -> None:
         """Add rows behind the last, alive; `stored` has them already."""
@@ -188,3 +218,30 @@ def _slices(texts: Texts, rows: NDArray[np.int64]) -> list[bytes]:
     starts = np.where(rows > 0, texts.ends[rows - 1], 0).tolist()
     view = texts.data.data
     return [bytes(view[start:stop]) for start, stop in zip(starts, stops, strict=True)]
+
+
+def load_table(directory: Path, arrays: Arrays) -> RowTable:
+    """Check the ids in the files, and rebuild the tombstones in memory."""
+    _check_ids(directory, arrays)
+    table = RowTable(arrays.rows)
+    dead = arrays.death_records()["row"].astype(np.int64)
+    if dead.size and int(dead.max()) >= arrays.rows:
+        raise DataLossError(f"a tombstone in {directory} has no row")
+    table.kill(dead)
+    table.lose(np.flatnonzero(arrays.records()["flags"] & layout.NO_FEATURE))
+    return table
+
+
+def _check_ids(directory: Path, arrays: Arrays) -> None:
+    """Raise DataLossError unless each id is UTF-8: all are, and none begins inside a letter."""
+    data = arrays.id_bytes()[: arrays.ends()[0]]
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        for first in range(0, len(data), _CHECK_BYTES):
+            decoder.decode(data[first : first + _CHECK_BYTES].data)
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise DataLossError(f"the ids in {directory} are not text: {error}") from None
+    starts = arrays.records()["id_end"][:-1]
+    if ((data[starts] & 0xC0) == 0x80).any():
+        raise DataLossError(f"the ids in {directory} are not text: one ends inside a letter")

@@ -7,13 +7,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from hashlens.errors import (
     AlreadyExistsError,
+    CancelledError,
     DataLossError,
     DeadlineError,
     HashlensError,
@@ -23,14 +24,20 @@ from hashlens.errors import (
     PreconditionError,
     UnavailableError,
 )
-from hashlens.types import CollectionInfo, CollectionSpec
+from hashlens.types import CollectionInfo, CollectionSpec, CompactResult, ReplicaInfo
 from search_service.storage import data_dir, layout
 from search_service.storage.catalog import Catalog
 from search_service.storage.collection import Collection
+from search_service.storage.compactor import Compactor, Policy
 from search_service.storage.embedded import EmbeddedRedis
 from search_service.storage.follower import Follower
 from search_service.storage.keys import Meta, foreign
-from search_service.storage.local import LocalCollection, clean, quarantine
+from search_service.storage.leases import Lease, Leases
+from search_service.storage.local import LocalCollection
+from search_service.storage.peers import Peers
+from search_service.storage.receipts import erase
+from search_service.storage.replicas import FORGET_S, SILENCE_S, Identity, LogLimits
+from search_service.storage.resync import ResyncConfig, Resyncer
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +69,27 @@ class StoreConfig:
     """The longest wait for one reply of Redis, in seconds."""
     expire_interval_s: float = 1.0
     """How often to look for items that have expired, in seconds."""
+    address: str = ""
+    """host:port where other replicas reach this one; empty if they cannot."""
+    hello_interval_s: float = 5.0
+    """How often to tell the other replicas that this one is alive, in seconds."""
+    replica_silence_s: float = SILENCE_S
+    """The log is not kept for a replica that was silent for longer, in seconds."""
+    replica_forget_s: float = FORGET_S
+    """A replica that was silent for longer is forgotten, in seconds."""
+    resync_patience_s: float = 60.0
+    """How long to try peers that do not serve before files are made anew from Redis, which may not
+    have all features, in seconds."""
+    lease_s: float = 300.0
+    """Files that another replica copies are kept for so long after it last read, in seconds."""
     discovery_interval_s: float = 2.0
     """How often to look for collections that other processes made or dropped, in seconds."""
+    compaction_share: float = 0.3
+    """Compact a collection when this share of its rows is dead; 0: only when asked."""
+    compaction_min_rows: int = 100_000
+    """And at least so many are."""
+    compaction_mb_per_s: float = 64.0
+    """How fast compaction copies at most, in millions of bytes per second; 0: no limit."""
 
 
 class Store:
@@ -73,12 +99,15 @@ class Store:
     store comes back by itself.
     """
 
-    def __init__(self, config: StoreConfig, redis_url: str) -> None:
+    def __init__(self, config: StoreConfig, redis_url: str, peers: Peers | None) -> None:
         self._config = config
         self._redis_url = redis_url
         self._resources = contextlib.ExitStack()
         self._directory = config.data_dir / "collections"
-        self._replica_id = data_dir.replica_id(config.data_dir)
+        self._replica = Identity(data_dir.replica_id(config.data_dir), config.address)
+        self._limits = LogLimits(
+            config.log_budget_bytes, config.replica_silence_s, config.replica_forget_s
+        )
         self._catalog = Catalog(redis_url, config.redis_timeout_s)
         self._collections: dict[str, Collection] = {}
         self._admin = threading.Lock()
@@ -87,18 +116,54 @@ class Store:
         self._foreign_epochs: set[str] = set()
         self._closing = threading.Event()
         self._look = threading.Event()
+        self._compactor = Compactor(
+            self._catalog.eraser,
+            lambda: list(self._collections.values()),
+            Policy(
+                share=config.compaction_share,
+                min_rows=config.compaction_min_rows,
+                bytes_per_s=config.compaction_mb_per_s * 1e6,
+                poll_s=config.discovery_interval_s,
+            ),
+        )
+        self._greet = threading.Event()
         self._threads = [
             threading.Thread(target=self._discover, name="discover", daemon=True),
             threading.Thread(target=self._checkpoint, name="checkpoint", daemon=True),
             threading.Thread(target=self._expire, name="expire", daemon=True),
+            threading.Thread(target=self._hello, name="hello", daemon=True),
         ]
+        self._leases = Leases(self._directory, config.lease_s)
+        self._resyncer = Resyncer(
+            ResyncConfig(
+                data_dir=config.data_dir,
+                redis_url=redis_url,
+                timeout_s=config.redis_timeout_s,
+                segment_bytes=config.segment_bytes,
+                silence_s=config.replica_silence_s,
+                patience_s=config.resync_patience_s,
+            ),
+            self._replica,
+            self._catalog,
+            peers,
+            lost=lambda: [c for c in list(self._collections.values()) if c.needs_files],
+            replace=self._replace,
+        )
 
     @classmethod
-    def open(cls, config: StoreConfig) -> Self:
+    def open(cls, config: StoreConfig, peers: Peers | None = None) -> Self:
         """Open a data directory and serve what is in it, whether Redis is there or not.
 
-        A collection whose files are damaged is put aside under ``quarantine/`` and rebuilt from
-        the log as far as that reaches back.
+        A collection whose files are damaged is put aside under ``quarantine/``. It is brought back
+        from the log if that reaches back to the first write, else from another replica, else from
+        what Redis holds besides; see `resync`.
+
+        Parameters
+        ----------
+        config
+            See `StoreConfig`.
+        peers
+            How to reach other replicas; the store closes it. None: there is no way.
 
         Raises
         ------
@@ -116,11 +181,13 @@ class Store:
             url = config.redis_url
             if url is None:
                 url = resources.enter_context(EmbeddedRedis(config.data_dir / "redis")).url
-            store = cls(config, url)
+            store = cls(config, url, peers)
             resources.callback(store._end)
             store._load()
             for thread in store._threads:
                 thread.start()
+            store._compactor.start()
+            store._resyncer.start()
             store._resources = resources.pop_all()
             return store
 
@@ -174,10 +241,24 @@ class Store:
             return found
         give_up = time.monotonic() + deadline_s
         meta = self._catalog.meta(name, deadline_s) if layout.is_safe_name(name) else None
-        if meta is None or meta.is_dropping:
+        if meta is None or not meta.is_active:
             raise NotFoundError(f"There is no collection {name}.")
         with self._administering(give_up - time.monotonic()):
             return self._adopt(meta)
+
+    def replicas(self, name: str, *, deadline_s: float = _LOOKUP_S) -> list[ReplicaInfo]:
+        """Return all replicas of a collection that Redis knows, by id.
+
+        Raises
+        ------
+        NotFoundError
+            There is no such collection.
+        UnavailableError
+            Redis is away.
+        """
+        give_up = time.monotonic() + deadline_s
+        collection = self.get(name, deadline_s=deadline_s)
+        return collection.replicas(give_up - time.monotonic())
 
     def list(self, *, deadline_s: float = _LOOKUP_S) -> list[CollectionInfo]:
         """Describe all collections, by name; while Redis is away, those on this replica."""
@@ -186,6 +267,45 @@ class Store:
         except HashlensError as error:
             logger.info("listing what is on this replica only: %s", error)
         return [found.info() for _, found in sorted(self._collections.items())]
+
+    def compact(
+        self, name: str, *, wait_for_replicas: bool = False, deadline_s: float = 60.0
+    ) -> CompactResult:
+        """Erase the rows of replaced and deleted items from all replicas and from Redis.
+
+        Parameters
+        ----------
+        name
+            The collection's.
+        wait_for_replicas
+            Wait, as long as the deadline lets, for the other live replicas, too.
+        deadline_s
+            The longest to wait, in seconds.
+
+        Raises
+        ------
+        NotFoundError
+            There is no such collection.
+        DeadlineError
+            This replica has not done it in time; it goes on.
+        UnavailableError
+            Redis is away.
+        LimitError
+            The local disk is full or broken. The files are as they were.
+        """
+        give_up = time.monotonic() + deadline_s
+        collection = self.get(name, deadline_s=deadline_s)
+        try:
+            return erase(
+                collection,
+                self._compactor,
+                self._catalog.eraser,
+                self._config.data_dir,
+                wait_for_replicas=wait_for_replicas,
+                deadline_s=give_up - time.monotonic(),
+            )
+        except OSError as error:
+            raise LimitError(f"The files of {name} cannot be written anew ({error}).") from error
 
     def drop(self, name: str, *, deadline_s: float = 60.0) -> None:
         """Remove a collection from Redis and from this replica; others follow by themselves.
@@ -209,6 +329,29 @@ class Store:
             elif epoch is None:
                 raise NotFoundError(f"There is no collection {name}.")
 
+    def lend(self, name: str, epoch: str, min_version: int) -> Lease:
+        """Lend the files of a collection to a replica that copies them.
+
+        Raises
+        ------
+        NotFoundError
+            It is not on this replica.
+        PreconditionError
+            It is another one of the name.
+        HashlensError
+            See `Collection.lend`.
+        """
+        found = self.find(name)
+        if found is None:
+            raise NotFoundError(f"There is no collection {name}.")
+        if found.epoch != epoch:
+            raise PreconditionError(f"This replica has another {name}: {found.epoch}.")
+        return found.lend(self._leases, min_version)
+
+    def lease(self, token: str) -> Lease:
+        """Return what was lent; NotFoundError if it is not any more."""
+        return self._leases.find(token)
+
     def close(self) -> None:
         """End all threads, with a last checkpoint each. Snapshots that are in use stay valid."""
         self._resources.close()
@@ -223,6 +366,9 @@ class Store:
         """End all threads; the files stay as the last checkpoints have them."""
         self._closing.set()
         self._look.set()
+        self._compactor.close()
+        self._greet.set()
+        self._resyncer.close()
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
@@ -232,17 +378,18 @@ class Store:
             for collection in self._collections.values():
                 collection.close()
             self._collections = {}
+        self._leases.close()
         self._catalog.close()
 
     def _load(self) -> None:
         """Open all collections in the directory."""
         self._directory.mkdir(exist_ok=True)
-        clean(self._directory)
-        for directory in sorted(self._directory.iterdir()):
+        data_dir.clean(self._directory)
+        for directory in sorted(self._directory.glob("[!.]*")):
             try:
                 local = LocalCollection.load(directory)
             except DataLossError as error:
-                aside = quarantine(directory, self._config.data_dir / "quarantine")
+                aside = data_dir.quarantine(directory, self._config.data_dir / "quarantine")
                 logger.error("%s; the files are in %s now", error.message, aside)
                 continue
             self._serve(local)
@@ -252,16 +399,16 @@ class Store:
         follower = Follower(
             local,
             self._redis_url,
-            self._replica_id,
+            self._replica.id,
             timeout_s=self._config.redis_timeout_s,
-            on_change=self._look.set,
+            on_change=self._changed,
         )
         collection = Collection(
             local,
             self._catalog,
             follower,
-            replica_id=self._replica_id,
-            log_budget_bytes=self._config.log_budget_bytes,
+            replica=self._replica,
+            limits=self._limits,
             durability=lambda: self._durability,
         )
         self._collections[local.spec.name] = collection
@@ -290,7 +437,31 @@ class Store:
         """Stop serving a collection that was dropped, and delete its files."""
         logger.info("removing the files of %s, which was dropped", collection.spec.name)
         self._collections.pop(collection.spec.name)
+        self._resyncer.forget(collection.spec.name)
+        self._leases.revoke(collection.spec.name)
         collection.remove()
+
+    def _replace(self, collection: Collection, place: Callable[[], None]) -> None:
+        """Have files that `place` puts there take the place of a collection's own.
+
+        Raises
+        ------
+        CancelledError
+            The collection was dropped, or the store is closing.
+        """
+        name = collection.spec.name
+        with self._admin:
+            if self._closing.is_set() or self._collections.get(name) is not collection:
+                raise CancelledError(f"{name} is not there any more.")
+            collection.close()
+            place()
+            collection.succeeded_by(self._serve(LocalCollection.load(self._directory / name)))
+
+    def _changed(self) -> None:
+        """Look at once for what a follower has noticed."""
+        self._look.set()
+        self._greet.set()
+        self._resyncer.wake()
 
     def _settle(self, name: str, give_up: float) -> None:
         """Make sure that what this replica has of a name does not stand in the way of a new one.
@@ -337,7 +508,7 @@ class Store:
                 logger.warning("%s", collection.info().detail)
         for name in sorted(names - set(self._collections)):
             meta = self._catalog.meta(name, give_up - time.monotonic())
-            if meta is not None and not meta.is_dropping:
+            if meta is not None and meta.is_active:
                 with self._administering(give_up - time.monotonic()):
                     self._adopt(meta)
 
@@ -361,6 +532,20 @@ class Store:
                 trouble = str(error)
             self._look.wait(self._config.discovery_interval_s)
             self._look.clear()
+
+    def _hello(self) -> None:
+        """Thread: tell the others that this replica is alive; end what nobody copies any more."""
+        while not self._closing.is_set():
+            for collection in list(self._collections.values()):
+                try:
+                    collection.hello(self._config.redis_timeout_s)
+                except UnavailableError:
+                    break  # Whoever follows the log says so.
+                except HashlensError as error:
+                    logger.debug("no hello for %s: %s", collection.spec.name, error)
+            self._leases.expire()
+            self._greet.wait(self._config.hello_interval_s)
+            self._greet.clear()
 
     def _checkpoint(self) -> None:
         """Thread: make checkpoints as they fall due."""

@@ -215,8 +215,10 @@ class Campaign:
                 store.drop(OTHER, deadline_s=DEADLINE_S)
             leftovers = [path.name for path in (self._data_dir / "collections").iterdir()]
             assert leftovers == [SPEC.name], leftovers
-        found = on_disk(self._data_dir / "collections" / SPEC.name)
-        assert found == (actual.version, actual.items)
+        directory = self._data_dir / "collections" / SPEC.name
+        assert on_disk(directory) == (actual.version, actual.items)
+        listed = set(json.loads((directory / "MANIFEST.json").read_bytes())["files"])
+        assert {path.name for path in directory.iterdir()} == listed | {"MANIFEST.json"}
         assert not (self._data_dir / "quarantine").exists()
 
     def _model_at(self, version: int, possible: list[Model]) -> Model:

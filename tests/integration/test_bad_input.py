@@ -230,6 +230,8 @@ def test_bad_options(
             "search.query",
         ),
         ("Verify", spb.VerifyRequest(), Code.UNIMPLEMENTED, ""),
+        ("Compact", spb.CompactRequest(), Code.INVALID_ARGUMENT, "collection"),
+        ("Compact", spb.CompactRequest(collection="none"), Code.NOT_FOUND, ""),
     ],
 )
 def test_bad_requests(

@@ -79,7 +79,14 @@ def write(order: dict[str, Any]) -> None:
             other.upsert(records, request_id=f"{number}", deadline_s=DEADLINE_S)
             store.drop(OTHER, deadline_s=DEADLINE_S)
 
+    def compacts() -> None:
+        moments = random.Random(order["first"])
+        while True:
+            time.sleep(moments.uniform(0, 0.05))
+            collection.compact()
+
     tasks = [checkpoints] + [churn] * bool(order.get("churn"))
+    tasks += [compacts] * bool(order.get("compact"))
     for task in tasks:
         threading.Thread(target=task, daemon=True).start()
     for number, (kind, records) in enumerate(steps(order["seed"], order["last"])):

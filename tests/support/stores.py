@@ -187,7 +187,10 @@ def on_disk(directory: Path) -> tuple[int, dict[str, Record]]:
             content = data[f"features-{g}.s{segment:05d}.{dtype}"]
             feature = content[position * width : (position + 1) * width]
         assert zlib.crc32(feature) == feature_crc32
-        assert flags == 0
+        assert flags in (0, 1)
+        if flags:
+            assert not any(feature)
+            feature = b""
         item_id = data[f"ids-{g}.bin"][id_start:id_end].decode()
         assert item_id not in found
         packed = data[f"tags-{g}.bin"][tags_start:tags_end]

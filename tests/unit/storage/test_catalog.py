@@ -16,6 +16,7 @@ from search_service.storage import Record, catalog, layout, scripts
 from search_service.storage.catalog import Catalog, Raw
 from search_service.storage.connection import run_script
 from search_service.storage.keys import Keys, Meta
+from search_service.storage.replicas import Identity
 from tests.support.redis_server import RedisServer
 from tests.support.stores import Model, assert_in_redis, log_record, make_record, make_records
 
@@ -417,7 +418,7 @@ def test_the_log_is_trimmed_to_the_slowest_replica(
     # The entry at the checkpoint stays, by which a replica knows the log.
     assert first() == 50
     keys = Keys(meta.spec.name)
-    register = [keys.meta, keys.log, keys.replicas]
+    register = [keys.meta, keys.log, keys.replicas, keys.seen]
     run_script(client, scripts.REGISTER, register, [meta.epoch, "b", 55, 60])
     assert truth.trim(meta, "a", 90, 10**6, S) == "ok"
     assert first() == 55
@@ -428,6 +429,48 @@ def test_the_log_is_trimmed_to_the_slowest_replica(
     assert truth.trim(meta, "a", 101, 0, S) == "behind"
     assert first() == 80
     assert client.hgetall(keys.replicas) == {b"a": b"100", b"b": b"55"}
+
+
+def test_the_log_does_not_wait_for_who_is_silent_or_has_lost_its_place(
+    truth: Catalog, client: redis.Redis, new_name: Names
+) -> None:
+    meta = truth.create(spec_of(new_name()), S)
+    truth.put(meta, raws(make_records(meta.spec, 100)), request_id="r", deadline_s=S)
+    keys, replicas = Keys(meta.spec.name), truth.replicas
+    for name, seq in (("a", 10), ("b", 20), ("c", 30)):
+        replicas.register(meta, Identity(name), seq, S)
+    replicas.hello(meta, Identity("b", "host:1"), 7, S)
+    found = replicas.look(meta, S)
+    assert (found.seq, found.first) == (100, 1)
+    assert [(i.id, i.address, i.checkpoint_version, i.erased_version) for i in found.infos] == [
+        ("a", "", 10, 0),
+        ("b", "host:1", 20, 7),
+        ("c", "", 30, 0),
+    ]
+    assert all(info.live and info.silent_ms < 60_000 for info in found.infos)
+    # Nobody has heard of the slowest for a while.
+    (seconds, _) = client.time()
+    client.hset(keys.seen, "a", f"{(seconds - 100) * 1000} 0 host:2")
+    assert truth.trim(meta, "d", 90, 10**6, S, silence_s=60, forget_s=1000) == "ok"
+    found = replicas.look(meta, S, silence_s=60)
+    assert found.first == 20
+    assert [(i.id, i.live) for i in found.infos] == [
+        *(("a", False), ("b", True), ("c", True), ("d", True))
+    ]
+    # It comes back, but what it needs is gone: nothing is kept for it.
+    replicas.hello(meta, Identity("a", "host:2"), 0, S)
+    replicas.register(meta, Identity("b", "host:1"), 40, S)
+    assert truth.trim(meta, "c", 80, 10**6, S) == "ok"
+    assert log_of(client, meta)[0].seq == 40
+    assert not replicas.look(meta, S).infos[0].live
+    # Silent for a day: forgotten.
+    client.hset(keys.seen, "b", f"{(seconds - 90_000) * 1000} 0 host:1")
+    assert truth.trim(meta, "c", 80, 10**6, S) == "ok"
+    assert [info.id for info in replicas.look(meta, S).infos] == ["a", "c", "d"]
+    truth.drop(meta.spec.name, S)
+    assert all_keys(client, meta.spec.name) == {}
+    with pytest.raises(PreconditionError):
+        replicas.hello(meta, Identity("b"), 0, S)
 
 
 def test_durability_is_what_the_server_is_set_to(truth: Catalog, client: redis.Redis) -> None:

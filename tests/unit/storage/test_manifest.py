@@ -68,7 +68,7 @@ def test_another_format_is_refused_and_not_called_damage(tmp_path: Path) -> None
     body = json.loads(path.read_bytes())
     body["format"] = 2
     del body["checksum"]
-    body["checksum"] = manifest._checksum(body)
+    body["checksum"] = manifest.checksum(body)
     path.write_text(json.dumps(body))
     with pytest.raises(PreconditionError, match="another version"):
         manifest.read(tmp_path)

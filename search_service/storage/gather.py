@@ -1,0 +1,25 @@
+"""Slices of one long array, copied out one after the other."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def gathered(
+    data: NDArray[np.uint8], starts: NDArray[np.int64], lengths: NDArray[np.int64]
+) -> bytes:
+    """Return ``data[start : start + length]`` of each, joined.
+
+    Parameters
+    ----------
+    data
+        Where they are; uint8.
+    starts, lengths
+        int64, shape ``[n]``.
+    """
+    if not len(lengths):
+        return b""
+    ends = np.cumsum(lengths)
+    places = np.arange(int(ends[-1])) + np.repeat(starts - (ends - lengths), lengths)
+    return bytes(data[places].data)
