@@ -145,6 +145,35 @@ def test_filters_through_updates_deletes_and_restarts(server: RedisServer, tmp_p
                 assert_filters(collection.wait_for(model.version, DEADLINE_S), model, rng)
 
 
+def test_filters_through_compaction(server: RedisServer, tmp_path: Path) -> None:
+    """The new table has its tags before it counts, and what filters left keeps no old file."""
+    rng = np.random.default_rng(4)
+    spec = replace(SPEC, name="compacted")
+    config = StoreConfig(data_dir=tmp_path / "data", redis_url=server.url, expire_interval_s=0.05)
+    model = Model()
+    with Store.open(config) as store:
+        collection = store.create(spec)
+        write(collection, model, [tagged(spec, str(i), rng) for i in range(100)])
+        gone = [str(i) for i in range(0, 60, 2)]
+        collection.delete(gone, request_id="", deadline_s=DEADLINE_S)
+        model.delete(gone)
+        assert_filters(collection.wait_for(model.version, DEADLINE_S), model, rng)
+        compacted = collection.compact()
+        assert compacted.n_rows_erased == len(gone)
+        snapshot: Any = collection.snapshot()
+        assert snapshot.rows == 70
+        tags = snapshot.ids.table.tags
+        assert tags.n_tags == len({tag for item in model.items.values() for tag in item.tags})
+        cats = sum("cat" in item.tags for item in model.items.values())
+        assert len(tags.passing(TagFilter(any=("cat",)), 70)) == cats > 0
+        assert_filters(snapshot, model, rng)
+        wait_until(lambda: all(file.is_gone for file in compacted.files), "old files are gone")
+        soon = replace(tagged(spec, "soon", rng), expires_ms=int(time.time() * 1000) + 50)
+        collection.upsert([soon], request_id="", deadline_s=DEADLINE_S)
+        model.version += 2
+        assert_filters(collection.wait_for(model.version, DEADLINE_S), model, rng)
+
+
 def test_a_table_without_tags_has_no_index(server: RedisServer, tmp_path: Path) -> None:
     config = StoreConfig(data_dir=tmp_path / "data", redis_url=server.url)
     rng = np.random.default_rng(0)
