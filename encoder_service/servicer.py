@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -17,6 +17,7 @@ from encoder_service.pipeline import EncodePipeline
 from hashlens import convert
 from hashlens.errors import HashlensError, InvalidInputError
 from hashlens.rpc.limits import check_size
+from hashlens.rpc.metrics import Metric
 from hashlens.rpc.server import deadline_s
 from hashlens.rpc.status import status_of
 from hashlens.types import Classifier, Encoded, FeatureDtype, ModelInfo
@@ -93,6 +94,10 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
             encoder.dim,
             encoder.device,
         )
+
+    def metrics(self) -> Iterable[Metric]:
+        """Return what Prometheus is told: nothing yet."""
+        return ()
 
     async def close(self) -> None:
         """Stop the threads."""

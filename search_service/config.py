@@ -65,6 +65,14 @@ class SearchConfig(ServerConfig):
     copy_mb_per_s: float = setting(
         0.0, "Most that other replicas copy from here, in MiB per second; 0: no limit."
     )
+    scrub_mb_per_s: float = setting(
+        16.0,
+        "How fast all files are read and compared with their checksums in the background, in "
+        "millions of bytes per second; 0: never.",
+    )
+    scrub_interval_s: float = setting(
+        86_400.0, "How long after one such reading the next begins, in seconds."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,3 +102,5 @@ class SearchConfig(ServerConfig):
             raise InvalidInputError(
                 f"advertise is host:port, not {self.advertise!r}", field="advertise"
             )
+        if self.scrub_mb_per_s < 0 or self.scrub_interval_s <= 0:
+            raise InvalidInputError("scrub_mb_per_s is 0 or more, scrub_interval_s above 0")

@@ -31,6 +31,7 @@ from hashlens.types import (
 from search_service import coarse, explain, fine, margins, multi_index, sketch
 from search_service.cancel import AnyOf, Cancel
 from search_service.columns import packed_hits
+from search_service.features import with_feature
 from search_service.filtered import filtered
 from search_service.fits import check_options, check_query
 from search_service.index_keeper import IndexKeeper
@@ -297,7 +298,7 @@ class _Search:
         n_unranked = 0
         distances: NDArray[np.float32] | None = None
         if self.by_feature:
-            has_feature = fine.with_feature(snapshot, rows)
+            has_feature = with_feature(snapshot, rows, cancel)
             if has_feature is not None:
                 rows, hamming_bits = rows[has_feature], hamming_bits[has_feature]
                 n_unranked = pool.rows.shape[0] - rows.shape[0]

@@ -11,6 +11,7 @@ from hashlens import codes
 from hashlens.types import Embedding
 from search_service import fine
 from search_service.cancel import Cancel
+from search_service.features import with_feature
 from search_service.kernels import select
 from search_service.snapshot import Snapshot
 
@@ -87,7 +88,7 @@ class ExhaustiveScan:
         CancelledError, DeadlineError
             As `cancel` says.
         """
-        rows = self._comparable(first_row)
+        rows = self._comparable(first_row, cancel)
         distances = fine.distances_to(self._snapshot, rows, self._vector, cancel)
         keys = select.euclidean_keys(distances, self._hamming_bits(rows))
         near = keys <= self._edge
@@ -109,17 +110,15 @@ class ExhaustiveScan:
             distances=(keys >> np.uint64(16)).astype(np.uint32).view(np.float32),
         )
 
-    def _comparable(self, first_row: int) -> NDArray[np.int64]:
+    def _comparable(self, first_row: int, cancel: Cancel) -> NDArray[np.int64]:
         """Return the block's rows that are alive and have a feature."""
         snapshot = self._snapshot
         stop = min(first_row + self._block_rows, snapshot.rows)
         rows = np.arange(first_row, stop, dtype=np.int64)
-        kept = np.ones(rows.shape[0], dtype=np.bool_)
         if snapshot.dead is not None:
-            kept &= snapshot.dead[first_row:stop] == 0
-        if snapshot.has_feature is not None:
-            kept &= snapshot.has_feature[first_row:stop] != 0
-        return rows[kept]
+            rows = rows[snapshot.dead[first_row:stop] == 0]
+        has_feature = with_feature(snapshot, rows, cancel)
+        return rows if has_feature is None else rows[has_feature]
 
     def _hamming_bits(self, rows: NDArray[np.int64]) -> NDArray[np.uint16]:
         bits = np.zeros(rows.shape[0], dtype=np.uint16)

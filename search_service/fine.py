@@ -137,11 +137,3 @@ def _distances(
             )
     cancel.check()
     return distances
-
-
-def with_feature(snapshot: Snapshot, rows: NDArray[np.int64]) -> NDArray[np.bool_] | None:
-    """Tell which of `rows` have a feature: bool, shape ``[n]``; None if all have."""
-    if snapshot.has_feature is None:
-        return None
-    has = snapshot.has_feature[rows].astype(np.bool_)
-    return None if has.all() else has

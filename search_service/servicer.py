@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -23,6 +23,7 @@ from hashlens.errors import (
     UnavailableError,
 )
 from hashlens.rpc.limits import check_size
+from hashlens.rpc.metrics import Metric
 from hashlens.rpc.server import deadline_s
 from hashlens.rpc.status import status_of
 from hashlens.types import (
@@ -52,6 +53,7 @@ from search_service.sketches import Sketches
 from search_service.snapshot import Snapshot
 from search_service.storage.collection import Collection
 from search_service.storage.store import Store, StoreConfig
+from search_service.store_metrics import store_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +139,8 @@ class SearchServicer(CompactRpc):
             log_budget_bytes=config.log_budget_mb << 20,
             address=self._address,
             replica_silence_s=config.replica_silence_s,
+            scrub_mb_per_s=config.scrub_mb_per_s,
+            scrub_interval_s=config.scrub_interval_s,
         )
         peers = GrpcPeers(config.max_message_bytes)
         # Kept, because a signal may end the waiting, but not the opening.
@@ -152,6 +156,10 @@ class SearchServicer(CompactRpc):
             ("kernels", time.monotonic() - opened_s),
         ):
             logger.info("ready stage %s: %.3f s", stage, took_s)
+
+    def metrics(self) -> Iterable[Metric]:
+        """Return what Prometheus is told."""
+        return store_metrics(self._store)
 
     async def close(self) -> None:
         """Stop the executor, checkpoint and close the store."""

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from search_service import readahead
 from search_service.cancel import Cancel
+from search_service.features import with_feature
 from search_service.kernels import sketch as kernels
 from search_service.snapshot import Snapshot
 
@@ -171,6 +172,7 @@ def _rounded(
 def _features(snapshot: Snapshot, first: int, n: int) -> NDArray[np.float32]:
     """Return rows widened, NaN where a feature is missing: float32, shape ``[n, dim]``."""
     readahead.want_rows(snapshot, first, first + 2 * n)  # the next ones, too
+    has_feature = with_feature(snapshot, np.arange(first, first + n, dtype=np.int64), Cancel())
     wide = np.empty((n, snapshot.dim), dtype=np.float32)
     done = 0
     while done < n:
@@ -178,8 +180,8 @@ def _features(snapshot: Snapshot, first: int, n: int) -> NDArray[np.float32]:
         count = min(n - done, snapshot.rows_per_segment - position)
         wide[done : done + count] = snapshot.features[segment][position : position + count]
         done += count
-    if snapshot.has_feature is not None:
-        wide[snapshot.has_feature[first : first + n] == 0] = np.nan
+    if has_feature is not None:
+        wide[~has_feature] = np.nan
     return wide
 
 

@@ -85,6 +85,22 @@ class Few:
     """Of these rows alone, in this order, none dead, without features."""
 
 
+class FeatureCheck(Protocol):
+    """Whether features are what was written."""
+
+    def unchecked(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return those of `rows` that nobody has looked at yet, in their order."""
+        ...
+
+    def check(self, rows: NDArray[np.int64]) -> None:
+        """Look at rows, each once in `rows`."""
+        ...
+
+    def damaged(self, rows: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+        """Tell which of the rows looked at are damaged; None if no row at all is."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
     """One version of a collection, read-only.
@@ -127,6 +143,8 @@ class Snapshot:
     has_feature: NDArray[np.uint8] | None = None
     """0 where a row's feature is missing, else 1; shape ``[rows]``. None: none is missing. Whatever
     its segment holds at such a row is never read."""
+    feature_check: FeatureCheck | None = None
+    """What to ask before a feature is used, see `search_service.features`. None: all are right."""
     model_id: str = ""
     """Which model made the embeddings; when it is set, a query of any other is refused."""
     table_id: str = ""
@@ -266,9 +284,16 @@ class Snapshot:
         return codes.from_words(np.stack([words[rows] for words in self.words]), self.n_bits)
 
     def feature_of(self, row: int) -> NDArray[Any] | None:
-        """Return the feature of a row: shape ``[dim]``, a copy; None if it has none."""
+        """Return a row's feature: shape ``[dim]``, a copy; None if it is missing or damaged."""
         if self.dim == 0 or (self.has_feature is not None and not self.has_feature[row]):
             return None
+        check = self.feature_check
+        if check is not None:
+            rows = np.array([row], dtype=np.int64)
+            check.check(check.unchecked(rows))
+            damaged = check.damaged(rows)
+            if damaged is not None and damaged[0]:
+                return None
         segment, position = divmod(row, self.rows_per_segment)
         return np.array(self.features[segment][position])
 

@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -22,6 +22,7 @@ from hashlens.errors import DeadlineError, HashlensError, InvalidInputError
 from hashlens.rpc.interceptors import ErrorInterceptor, GateInterceptor
 from hashlens.rpc.limits import DEADLINE_S, MAX_MESSAGE_BYTES
 from hashlens.rpc.logs import LogFormat
+from hashlens.rpc.metrics import Metric, exposed
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +49,19 @@ class ServerConfig:
         300.0, "A connection is closed after this long, so that clients find new servers."
     )
     grace_s: float = setting(10.0, "Time that running calls get to end on SIGTERM, in seconds.")
+    metrics_listen: str = setting(
+        "", "Address and port of /metrics over HTTP, for Prometheus; empty: none."
+    )
     log_level: str = setting("info", "Lowest level that is logged.")
     log_format: LogFormat = setting("text", "How logs are written.")
 
     def __post_init__(self) -> None:
-        host, _, port = self.listen.rpartition(":")
-        if not (host and port.isdecimal() and int(port) < 65536):
-            raise InvalidInputError(f"listen is host:port, not {self.listen!r}", field="listen")
+        for name in ("listen", "metrics_listen"):
+            value = getattr(self, name)
+            host, _, port = value.rpartition(":")
+            fits = bool(host) and port.isdecimal() and int(port) < 65536
+            if not fits and (value or name == "listen"):
+                raise InvalidInputError(f"{name} is host:port, not {value!r}", field=name)
         if self.log_level.upper() not in logging.getLevelNamesMapping():
             raise InvalidInputError(f"log_level {self.log_level!r} is none of logging's")
         for name in ("max_message_bytes", "default_deadline_s", "max_connection_age_s"):
@@ -128,6 +135,9 @@ class Service(Protocol):
     async def warm_up(self) -> None:
         """Load, compile and connect what the first call would else wait for."""
 
+    def metrics(self) -> Iterable[Metric]:
+        """Return what Prometheus is told; called from another thread, after `warm_up`."""
+
     async def close(self) -> None:
         """Release everything, after the last call or a `warm_up` that failed."""
 
@@ -188,7 +198,11 @@ async def serve(config: ServerConfig, service: Service) -> None:
             sys.stdout.write(json.dumps({"listening": address, "pid": os.getpid()}) + "\n")
             sys.stdout.flush()
             logger.info("serving %s on %s", ", ".join(service.names), address)
-            await stop.wait()
+            with contextlib.ExitStack() as stack:
+                if config.metrics_listen:
+                    where = stack.enter_context(exposed(config.metrics_listen, service.metrics))
+                    logger.info("metrics on http://%s/metrics", where)
+                await stop.wait()
         logger.info("stopping: calls in flight have %g s", config.grace_s)
     finally:
         await health_servicer.end()

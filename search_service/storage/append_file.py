@@ -79,14 +79,17 @@ class AppendFile:
         self._view: NDArray[np.uint8] | None = None
         self.mappings: Mappings = weakref.WeakSet()
         """All that are in use still."""
+        self._inode = 0
         if state is None:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            self._inode = os.fstat(self._fd).st_ino
         else:
             try:
                 self._fd = os.open(path, os.O_RDWR)
             except FileNotFoundError:
                 raise DataLossError(f"{path} is missing") from None
             try:
+                self._inode = os.fstat(self._fd).st_ino
                 self._adopt(state)
             except BaseException:
                 self.close()
@@ -136,6 +139,18 @@ class AppendFile:
             self.mappings.add(mapping)
             self._view = np.frombuffer(mapping, dtype=np.uint8)
         return self._view
+
+    def trouble(self) -> str:
+        """Say what somebody else has done to the file under its name, if anything."""
+        try:
+            found = self.path.stat()
+        except OSError as error:
+            return f"{self.path}: {error.strerror}"
+        if found.st_ino != self._inode:
+            return f"{self.path} is another file now"
+        if found.st_size < self._reserved:
+            return f"{self.path} has {found.st_size} bytes, not {self._reserved}"
+        return ""
 
     def sync(self) -> None:
         """Make the bytes durable."""

@@ -233,6 +233,14 @@ class Arrays:
         """Return those of the files that have such names."""
         return [file for file in self._open if file.path.name in names]
 
+    def trouble(self) -> str:
+        """Return which file is gone, replaced or shorter than what is mapped of it, or nothing."""
+        for file in self._open:
+            found = file.trouble()
+            if found:
+                return found
+        return ""
+
     def retire(self, synced: Iterable[AppendFile]) -> None:
         """Give the descriptors of durable files back that will not grow: there may be many."""
         for file in synced:

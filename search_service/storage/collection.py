@@ -112,6 +112,11 @@ class Collection:
         return found
 
     @property
+    def local(self) -> LocalCollection:
+        """Its files."""
+        return self._local
+
+    @property
     def spec(self) -> CollectionSpec:
         """What it is bound to."""
         return self._local.spec
@@ -198,7 +203,7 @@ class Collection:
     def info(self) -> CollectionInfo:
         """Describe it as this replica sees it; needs no Redis."""
         snapshot = self._local.snapshot
-        trouble = self._follower.trouble or self._follower.refusal
+        trouble = self._follower.trouble or self._follower.refusal or self._local.disk_trouble()
         away = isinstance(trouble, UnavailableError)
         return CollectionInfo(
             spec=self.spec,
@@ -443,6 +448,11 @@ class Collection:
             logger.warning("no last checkpoint of %s: %s", self.spec.name, error)
         self._local.close()
 
+    def abandon(self) -> None:
+        """End, and leave the local files as they are: they cannot be trusted."""
+        self._end()
+        self._local.close()
+
     def remove(self) -> None:
         """End, and delete the local files. Snapshots that are in use stay valid."""
         self._end()
@@ -457,6 +467,7 @@ class Collection:
 
     def _check_writable(self, give_up: float) -> None:
         """Refuse what could not be applied here; the rest is for Redis to say."""
+        self._local.check_disk()
         trouble = self._follower.trouble
         while isinstance(trouble, UnavailableError) and time.monotonic() < give_up:
             self._follower.wait_settled(min(give_up - time.monotonic(), _LOOK_S))

@@ -198,7 +198,6 @@ class _Copy:
             self._catch_up(now)
             self._sync()
         held = _names_with_dead_rows(local, first)
-        erased_before = local.erased_seq
         old = local.switch(arrays, self._table, first.seq, self._catch_up)
         files = [
             OldFile(file.path, file.length, _identity(file.path), file.mappings)
@@ -208,10 +207,9 @@ class _Copy:
         del old
         try:
             _remove_others(local.directory, local.generation)
+            local.erased_seq = first.seq
         except OSError as error:
-            # The new files count, but nothing is erased before the old ones are gone. Of the error
-            # its text only: whoever keeps it keeps its frames, and with them old mappings.
-            local.erased_seq = erased_before
+            # Its text only: whoever keeps the error keeps its frames, and with them old mappings.
             logger.error("old files of %s cannot be removed: %s", local.spec.name, str(error))
         n_erased = 0 if first.dead is None else int(np.count_nonzero(first.dead))
         if self._n_damaged:

@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from typing import Final
 
 VARIABLE: Final = "HASHLENS_FAILPOINTS"
-"""``NAME=ACTION[@N]``, separated by commas; read when this module is imported. The action happens
-at the Nth time that the place is reached, by default the first, and at every later one."""
+"""``NAME=ACTION[@N[-M]]``, separated by commas; read when this module is imported. The action
+happens from the Nth time on that the place is reached, by default the first, until the Mth if one
+is given."""
 
 NAMES: Final[frozenset[str]] = frozenset(
     {
@@ -68,6 +69,8 @@ NAMES: Final[frozenset[str]] = frozenset(
 )
 """All places. A test that names another fails at once."""
 
+_EVER: Final = 1 << 62
+
 ACTIONS: Final = ("kill", "enospc", "eio")
 """What can happen: the process dies as by ``kill -9``; the disk is full; the disk is broken."""
 
@@ -77,7 +80,7 @@ class _Armed:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.actions: dict[str, tuple[str, int]] = {}
+        self.actions: dict[str, tuple[str, int, int]] = {}
         self.reached: dict[str, int] = {}
 
 
@@ -89,9 +92,9 @@ def reach(name: str) -> None:
     if not _armed.actions:
         return
     with _armed.lock:
-        action, first = _armed.actions.get(name, ("", 0))
+        action, first, last = _armed.actions.get(name, ("", 0, 0))
         _armed.reached[name] = n = _armed.reached.get(name, 0) + 1
-    if not action or n < first:
+    if not first <= n <= last:
         return
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -100,15 +103,15 @@ def reach(name: str) -> None:
 
 
 @contextmanager
-def arm(name: str, action: str, first: int = 1) -> Iterator[None]:
-    """Let `action` happen at a place from the `first` time on that it is reached.
+def arm(name: str, action: str, first: int = 1, last: int = _EVER) -> Iterator[None]:
+    """Let `action` happen at a place from the `first` to the `last` time that it is reached.
 
     Raises
     ------
     ValueError
         There is no such place or action.
     """
-    _set(name, action, first)
+    _set(name, action, first, last)
     try:
         yield
     finally:
@@ -116,20 +119,21 @@ def arm(name: str, action: str, first: int = 1) -> Iterator[None]:
             del _armed.actions[name]
 
 
-def _set(name: str, action: str, first: int) -> None:
-    if name not in NAMES or action not in ACTIONS or first < 1:
-        raise ValueError(f"no failpoint {name}={action}@{first}")
+def _set(name: str, action: str, first: int, last: int) -> None:
+    if name not in NAMES or action not in ACTIONS or not 1 <= first <= last:
+        raise ValueError(f"no failpoint {name}={action}@{first}-{last}")
     with _armed.lock:
         _armed.reached.pop(name, None)
-        _armed.actions[name] = (action, first)
+        _armed.actions[name] = (action, first, last)
 
 
 def read(specification: str) -> None:
     """Arm what `VARIABLE` would, for the rest of this process; ValueError if it is odd."""
     for part in filter(None, specification.split(",")):
         name, _, rest = part.partition("=")
-        action, _, first = rest.partition("@")
-        _set(name, action, int(first or 1))
+        action, _, times = rest.partition("@")
+        first, _, last = times.partition("-")
+        _set(name, action, int(first or 1), int(last or _EVER))
 
 
 read(os.environ.get(VARIABLE, ""))

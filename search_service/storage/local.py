@@ -7,6 +7,7 @@ whoever makes a checkpoint does not stop the other two.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import threading
@@ -26,11 +27,16 @@ from search_service.snapshot import Snapshot
 from search_service.storage import data_dir, layout, manifest
 from search_service.storage.arrays import Arrays, Prefix
 from search_service.storage.failpoints import reach
+from search_service.storage.feature_check import ChecksAt, FeatureChecks
 from search_service.storage.frozen import Frozen
 from search_service.storage.id_index import StoredIds
 from search_service.storage.layout import LogRecord
 from search_service.storage.manifest import FileState, Manifest
 from search_service.storage.rows import RowsAt, RowTable, load_table
+
+logger = logging.getLogger(__name__)
+
+_SHOWN_ROWS = 10
 
 
 class LocalCollection:
@@ -57,6 +63,9 @@ class LocalCollection:
         self._table = table
         self._rows_since_checkpoint = 0
         self._bytes_since_checkpoint = 0
+        self.on_damage: Callable[[int], None] = lambda n: None
+        """Called with how many features were found damaged."""
+        self._checks = FeatureChecks(arrays.rows if self.spec.dim else 0, self._note_damage)
         self._failed_sync = ""
         self._closed = False
         # Files that take the place of others may have other rows under the same generation.
@@ -169,7 +178,21 @@ class LocalCollection:
     @property
     def n_missing_features(self) -> int:
         """Alive rows whose feature is missing."""
-        return self._table.n_missing
+        damaged = self._checks.damaged_rows()
+        return self._table.n_missing + sum(not self._table.is_dead(row) for row in damaged)
+
+    @property
+    def checks(self) -> FeatureChecks:
+        """What is known of the features in the files that count now."""
+        return self._checks
+
+    def file_trouble(self) -> str:
+        """Return which file is gone, replaced or cut under this process, or nothing.
+
+        Who touches a mapped page behind the end of a file is killed by the system.
+        """
+        with self._lock:
+            return "" if self._closed else self._arrays.trouble()
 
     @property
     def pending(self) -> tuple[int, int]:
@@ -192,6 +215,23 @@ class LocalCollection:
                 tags=arrays.tag_bytes(),
                 table=self._table,
             )
+
+    def frozen_with_checks(self) -> tuple[Frozen, FeatureChecks]:
+        """Return `frozen`, and what is known of its features."""
+        while True:
+            checks = self._checks
+            frozen = self.frozen()
+            if checks is self._checks:
+                return frozen, checks
+
+    def is_in_place(self) -> bool:
+        """Tell whether its directory is still its own."""
+        if self._closed:
+            return False
+        try:
+            return manifest.read(self.directory).epoch == self.epoch
+        except DataLossError:
+            return not self._closed and self.directory.exists()
 
     def wait_for(self, version: int, deadline_s: float) -> Snapshot:
         """Return the newest snapshot as soon as it has a version.
@@ -291,12 +331,22 @@ class LocalCollection:
             return seq
 
     def check_disk(self) -> None:
-        """Raise DataLossError if the disk has lost what was written, see `checkpoint`."""
-        if self._failed_sync:
-            raise DataLossError(
-                f"The disk under {self.directory} lost writes ({self._failed_sync}). "
-                "Mend it, then restart the search service."
-            )
+        """Raise DataLossError if the disk has lost what was written, see `checkpoint`.
+
+        Writing stops then, too: what comes would only be safe in Redis, whose log would grow.
+        """
+        trouble = self.disk_trouble()
+        if trouble is not None:
+            raise trouble
+
+    def disk_trouble(self) -> DataLossError | None:
+        """Return what `check_disk` would raise."""
+        if not self._failed_sync:
+            return None
+        return DataLossError(
+            f"The disk under {self.directory} lost writes ({self._failed_sync}). Searching goes "
+            "on; mend the disk, then restart the search service: Redis has what was acknowledged."
+        )
 
     def prefix(self) -> Prefix:
         """Return what of the files counts now; it stays true while they grow."""
@@ -324,7 +374,7 @@ class LocalCollection:
         """Go over to files of the next generation; return the old ones, closed.
 
         Nothing is applied meanwhile. Whatever goes wrong before the manifest is switched, the old
-        files go on.
+        files go on. `erased_seq` stays: nothing is erased before the old files are gone.
 
         Parameters
         ----------
@@ -367,8 +417,10 @@ class LocalCollection:
                         raise
                 self._failed_sync = str(error)
             old, self._arrays, self._table = self._arrays, arrays, table
+            # Who copied them has checked them.
+            self._checks = FeatureChecks(0, self._note_damage)
             self.generation = generation
-            self.erased_seq = self._saved_erased_seq = erased_seq
+            self._saved_erased_seq = erased_seq
             self.checkpoint_seq = self.seq
             self._rows_since_checkpoint = self._bytes_since_checkpoint = 0
             self._publish()
@@ -416,6 +468,29 @@ class LocalCollection:
         """Close, and delete the files; snapshots that are in use stay valid."""
         self.close()
         data_dir.discard(self.directory)
+
+    def _check_of(self, arrays: Arrays) -> ChecksAt:
+        return ChecksAt(
+            self._checks,
+            arrays.features(),
+            arrays.rows_per_segment,
+            arrays.records()["feature_crc32"],
+        )
+
+    def _note_damage(self, rows: NDArray[np.int64]) -> None:
+        """Say once which features are damaged; searches find out by themselves."""
+        shown = ", ".join(map(str, rows[:_SHOWN_ROWS].tolist()))
+        logger.error(
+            "%d features of %s do not match their checksums (%s of generation %d, rows %s%s): they "
+            "are not served. Verify with repair brings them back where another replica has them.",
+            len(rows),
+            self.spec.name,
+            self.directory,
+            self.generation,
+            shown,
+            ", ..." if len(rows) > _SHOWN_ROWS else "",
+        )
+        self.on_damage(len(rows))
 
     def _prefix(self) -> Prefix:
         arrays = self._arrays
@@ -479,6 +554,7 @@ class LocalCollection:
             rows_per_segment=arrays.rows_per_segment,
             dead=dead,
             has_feature=table.has_feature_flags(),
+            feature_check=self._check_of(arrays) if self.spec.dim else None,
             model_id=self.spec.model_id,
             table_id=f"{self.epoch}/{self.generation}/{self._load_id}",
         )

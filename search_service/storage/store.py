@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -26,9 +26,11 @@ from hashlens.errors import (
 )
 from hashlens.types import CollectionInfo, CollectionSpec, CompactResult, ReplicaInfo
 from search_service.storage import data_dir, layout
+from search_service.storage.caretaker import Caretaker
 from search_service.storage.catalog import Catalog
 from search_service.storage.collection import Collection
 from search_service.storage.compactor import Compactor, Policy
+from search_service.storage.counters import Counters
 from search_service.storage.embedded import EmbeddedRedis
 from search_service.storage.follower import Follower
 from search_service.storage.keys import Meta, foreign
@@ -43,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 _CHECKPOINT_POLL_S = 0.5
 _LOOKUP_S = 2.0
+_ASIDE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,11 @@ class StoreConfig:
     """And at least so many are."""
     compaction_mb_per_s: float = 64.0
     """How fast compaction copies at most, in millions of bytes per second; 0: no limit."""
+    scrub_mb_per_s: float = 16.0
+    """How fast all files are read and compared with their checksums in the background, in millions
+    of bytes per second; 0: never."""
+    scrub_interval_s: float = 86_400.0
+    """How long after one such reading the next begins, in seconds."""
 
 
 class Store:
@@ -127,6 +135,14 @@ class Store:
             ),
         )
         self._greet = threading.Event()
+        self._counters = Counters()
+        self._caretaker = Caretaker(
+            self._counters,
+            lambda: list(self._collections.values()),
+            self._put_aside,
+            bytes_per_s=config.scrub_mb_per_s * 1e6,
+            interval_s=config.scrub_interval_s,
+        )
         self._threads = [
             threading.Thread(target=self._discover, name="discover", daemon=True),
             threading.Thread(target=self._checkpoint, name="checkpoint", daemon=True),
@@ -188,6 +204,7 @@ class Store:
                 thread.start()
             store._compactor.start()
             store._resyncer.start()
+            store._caretaker.start()
             store._resources = resources.pop_all()
             return store
 
@@ -266,7 +283,7 @@ class Store:
             self._synchronize(deadline_s)
         except HashlensError as error:
             logger.info("listing what is on this replica only: %s", error)
-        return [found.info() for _, found in sorted(self._collections.items())]
+        return [*self.infos()]
 
     def compact(
         self, name: str, *, wait_for_replicas: bool = False, deadline_s: float = 60.0
@@ -306,6 +323,15 @@ class Store:
             )
         except OSError as error:
             raise LimitError(f"The files of {name} cannot be written anew ({error}).") from error
+
+    def infos(self) -> Sequence[CollectionInfo]:
+        """Describe the collections on this replica, by name; never waits."""
+        return [found.info() for _, found in sorted(self._collections.items())]
+
+    @property
+    def counters(self) -> Counters:
+        """What has happened since the store was opened."""
+        return self._counters
 
     def drop(self, name: str, *, deadline_s: float = 60.0) -> None:
         """Remove a collection from Redis and from this replica; others follow by themselves.
@@ -369,6 +395,7 @@ class Store:
         self._compactor.close()
         self._greet.set()
         self._resyncer.close()
+        self._caretaker.close()
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
@@ -386,11 +413,26 @@ class Store:
         self._directory.mkdir(exist_ok=True)
         data_dir.clean(self._directory)
         for directory in sorted(self._directory.glob("[!.]*")):
+            if not layout.is_safe_name(directory.name):
+                logger.warning("%s is not of this service: left alone", directory)
+                continue
             try:
+                if directory.is_symlink() or not directory.is_dir():
+                    raise DataLossError(f"{directory} is not a directory")
                 local = LocalCollection.load(directory)
+            except OSError as error:
+                # It may be whole: too many open files are no reason to put it away.
+                logger.error("%s cannot be opened (%s) and is not served", directory, error)
+                continue
             except DataLossError as error:
-                aside = data_dir.quarantine(directory, self._config.data_dir / "quarantine")
-                logger.error("%s; the files are in %s now", error.message, aside)
+                try:
+                    aside = data_dir.quarantine(directory, self._config.data_dir / "quarantine")
+                except OSError as broken:
+                    # Without it the others are served; with it nobody would be.
+                    logger.error("%s; it cannot be put aside (%s) and is not served", error, broken)
+                    continue
+                self._counters.n_quarantined += 1
+                logger.error("%s; the files are in %s now", error, aside)
                 continue
             self._serve(local)
 
@@ -403,6 +445,7 @@ class Store:
             timeout_s=self._config.redis_timeout_s,
             on_change=self._changed,
         )
+        local.on_damage = self._count_damage
         collection = Collection(
             local,
             self._catalog,
@@ -462,6 +505,26 @@ class Store:
         self._look.set()
         self._greet.set()
         self._resyncer.wake()
+
+    def _put_aside(self, collection: Collection, trouble: str) -> None:
+        """Stop serving a collection whose files cannot be trusted, and have it made anew."""
+        name = collection.spec.name
+        with contextlib.suppress(HashlensError), self._administering(_ASIDE_S):
+            if self._collections.get(name) is not collection:
+                return
+            self._collections.pop(name)
+            self._leases.revoke(name)
+            collection.abandon()
+            directory = collection.local.directory
+            where = "nowhere"
+            if directory.exists():
+                where = str(data_dir.quarantine(directory, self._config.data_dir / "quarantine"))
+            self._counters.n_quarantined += 1
+            logger.error("%s is put aside: %s; its files are in %s now", name, trouble, where)
+            self._changed()
+
+    def _count_damage(self, n: int) -> None:
+        self._counters.n_damaged_features += n
 
     def _settle(self, name: str, give_up: float) -> None:
         """Make sure that what this replica has of a name does not stand in the way of a new one.
@@ -560,6 +623,7 @@ class Store:
                     try:
                         collection.checkpoint()
                     except (HashlensError, OSError) as error:
+                        self._counters.n_failed_checkpoints += 1
                         logger.error("no checkpoint of %s: %s", collection.spec.name, error)
 
     def _expire(self) -> None:

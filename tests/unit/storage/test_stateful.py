@@ -158,6 +158,15 @@ class StoreMachine(RuleBasedStateMachine):
         self.check_disk()
 
     @rule()
+    def compact(self) -> None:
+        self.collection.wait_for(self.model.version, DEADLINE_S)
+        done = self.collection.compact()
+        assert done.erased_seq == self.model.version
+        assert self.collection.snapshot().rows == len(self.model.items)
+        assert_holds(self.collection, self.model)
+        self.check_disk()
+
+    @rule()
     def reopen(self) -> None:
         self.collection.wait_for(self.model.version, DEADLINE_S)
         self.store.close()
