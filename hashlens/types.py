@@ -302,6 +302,27 @@ class DeleteResult:
 
 
 @dataclass(frozen=True, slots=True)
+class TagFilter:
+    """Which items count, by their tags; those that do not pass are not there for the search.
+
+    All conditions must hold; one without tags does. Each takes at most `MAX_TAGS` tags, whose order
+    means nothing.
+    """
+
+    any: tuple[str, ...] = ()
+    """At least one of these."""
+    all: tuple[str, ...] = ()
+    """Every one of these."""
+    none: tuple[str, ...] = ()
+    """Not one of these."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether every item passes."""
+        return not (self.any or self.all or self.none)
+
+
+@dataclass(frozen=True, slots=True)
 class SearchOptions:
     """How to answer a query; the defaults suit a first look."""
 
@@ -329,6 +350,8 @@ class SearchOptions:
     packed: bool = False
     """Return the hits as `hashlens.packed.PackedHits`, which for many hits is several times faster.
     Not with `with_feature` or `with_explanation`."""
+    filter: TagFilter | None = None
+    """Search only among items that pass; None: among all."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from hashlens.types import (
     SearchOptions,
     SearchResult,
     ServiceHealth,
+    TagFilter,
     VerifyResult,
     WriteResult,
 )
@@ -398,6 +399,7 @@ class AsyncClient:
         id: str | None = None,  # noqa: A002 - the contract's word
         with_payload: bool = True,
         with_code: bool = False,
+        filter: TagFilter | None = None,  # noqa: A002 - the contract's word
         deadline_s: float | None = None,
     ) -> AsyncGenerator[BallPart]:
         """Return all items within a Hamming radius, part by part, in the order of writing.
@@ -415,6 +417,8 @@ class AsyncClient:
             The centre, exactly one.
         with_payload, with_code
             What hits carry beside id and distance.
+        filter
+            Only items that pass; None: all.
         deadline_s
             Time for the whole ball, reading included, in seconds; None for the client's.
 
@@ -424,7 +428,9 @@ class AsyncClient:
             While iterating: the server went away before the end.
         """
         query = wire.query_of(image, embedding, id)
-        request = self._wire.ball_request(collection, query, radius_bits, with_payload, with_code)
+        request = self._wire.ball_request(
+            collection, query, radius_bits, with_payload, with_code, filter
+        )
         return self._parts(request, deadline_s)
 
     async def _parts(

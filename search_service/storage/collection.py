@@ -34,6 +34,7 @@ from search_service.snapshot import Snapshot
 from search_service.storage import layout
 from search_service.storage.catalog import Catalog, Raw
 from search_service.storage.compaction import Compacted, Pace, compact
+from search_service.storage.expiry import remove_expired
 from search_service.storage.failpoints import reach
 from search_service.storage.follower import Follower
 from search_service.storage.keys import Meta
@@ -44,6 +45,7 @@ from search_service.storage.rebuild import Rebuilt
 from search_service.storage.records import Record
 from search_service.storage.remake import compared, remade
 from search_service.storage.replicas import Identity, LogLimits, Replicas
+from search_service.storage.tag_builder import TagBuilder
 from search_service.storage.verify import Verified
 
 logger = logging.getLogger(__name__)
@@ -103,6 +105,7 @@ class Collection:
         """Whether the log is kept for a rebuild, so that no checkpoint may trim it."""
         self._running: list[threading.Event] = []
         """What stops the checks and rebuilds that are running."""
+        self._tags = TagBuilder(local)
         self._stopping = threading.Event()
         self._rebuilding = threading.Lock()
         self._note = ""
@@ -304,6 +307,26 @@ class Collection:
         self._follower.saw(written.seq)
         return DeleteResult(version=written.seq, n_deleted=written.n_items)
 
+    def expire(self, should_stop: Callable[[], bool]) -> int:
+        """Have Redis remove what has expired; return how many items it removed.
+
+        It goes by the log, so all replicas lose it at one version. While Redis is away nothing
+        expires. For one thread at a time.
+
+        Parameters
+        ----------
+        should_stop
+            Polled between calls to Redis, each of which removes a few hundred.
+
+        Raises
+        ------
+        HashlensError
+            Redis refuses, or has gone away. The next call does what is left.
+        """
+        if self._follower.trouble is not None:
+            return 0
+        return remove_expired(self._local.snapshot, self._catalog, self._meta, should_stop)
+
     def checkpoint(self) -> int:
         """Make everything applied so far safe in the local files; return the version that is.
 
@@ -457,14 +480,16 @@ class Collection:
         return late or pending_rows >= rows or pending_bytes >= n_bytes
 
     def start(self) -> None:
-        """Begin to follow the log."""
+        """Begin to follow the log, and to index the tags that are there."""
         self._follower.start()
+        self._tags.start()
 
     def stop(self) -> None:
         """Ask all that is under way to end; `close` and `remove` wait for it."""
         self.stop_compacting()
         for stop in list(self._running):
             stop.set()
+        self._tags.stop()
         self._follower.stop()
 
     def close(self) -> None:
@@ -488,9 +513,11 @@ class Collection:
 
     def _end(self) -> None:
         self.stop()
+        self._tags.stop()
         with self._rebuilding:
             self._follower.stop()
             self._follower.join()
+        self._tags.join()
 
     @contextlib.contextmanager
     def _stoppable(self, stop: threading.Event) -> Iterator[None]:

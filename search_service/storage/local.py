@@ -527,6 +527,7 @@ class LocalCollection:
 
     def _publish(self) -> None:
         snapshot = self._build()
+        snapshot.ids.index_tags()  # A little at a time: what has just come, as a rule.
         with self._published:
             self._snapshot = snapshot
             self._published.notify_all()
