@@ -372,9 +372,9 @@ class Collection:
             with self._checkpointing:
                 self._is_held = True
             with self._stoppable(stop):
-                made, self._local = remade(
-                    self._local, before, self._catalog, self._replica.id, stop
-                )
+                old = self._local
+                made, self._local = remade(old, before, self._catalog, self._replica.id, stop)
+                self._local.on_damage = old.on_damage
             return made
         finally:
             if before.is_stopping and not self._stopping.is_set():
