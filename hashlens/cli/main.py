@@ -20,6 +20,7 @@ from hashlens.cli.index import index
 from hashlens.cli.search import search
 from hashlens.cli.text import printable
 from hashlens.cli.up import up
+from hashlens.cli.verify import verify
 from hashlens.errors import HashlensError, InvalidInputError
 
 COMMANDS_GROUP = "hashlens.commands"
@@ -124,5 +125,5 @@ def main(debug: bool) -> None:
     """
 
 
-for command in (up, index, search, health, collections, replicas, compact, drop, demo):
+for command in (up, index, search, health, collections, replicas, compact, verify, drop, demo):
     main.add_command(command)

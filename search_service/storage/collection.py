@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from hashlens import codes
 from hashlens.errors import (
@@ -34,14 +34,19 @@ from search_service.snapshot import Snapshot
 from search_service.storage import layout
 from search_service.storage.catalog import Catalog, Raw
 from search_service.storage.compaction import Compacted, Pace, compact
+from search_service.storage.expiry import remove_expired
 from search_service.storage.failpoints import reach
 from search_service.storage.follower import Follower
 from search_service.storage.keys import Meta
 from search_service.storage.leases import Lease, Leases
 from search_service.storage.local import LocalCollection
 from search_service.storage.packed_records import packed_records
+from search_service.storage.rebuild import Rebuilt
 from search_service.storage.records import Record
+from search_service.storage.remake import compared, remade
 from search_service.storage.replicas import Identity, LogLimits, Replicas
+from search_service.storage.tag_builder import TagBuilder
+from search_service.storage.verify import Verified
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +100,12 @@ class Collection:
         """About the last write of this replica's own callers."""
         self._meta = Meta(local.spec, local.epoch, local.n_buckets, local.seq, False)
         self._checkpointed_at = time.monotonic()
+        self._checkpointing = threading.Lock()
+        self._is_held = False
+        """Whether the log is kept for a rebuild, so that no checkpoint may trim it."""
+        self._running: list[threading.Event] = []
+        """What stops the checks and rebuilds that are running."""
+        self._tags = TagBuilder(local)
         self._stopping = threading.Event()
         self._rebuilding = threading.Lock()
         self._note = ""
@@ -296,6 +307,26 @@ class Collection:
         self._follower.saw(written.seq)
         return DeleteResult(version=written.seq, n_deleted=written.n_items)
 
+    def expire(self, should_stop: Callable[[], bool]) -> int:
+        """Have Redis remove what has expired; return how many items it removed.
+
+        It goes by the log, so all replicas lose it at one version. While Redis is away nothing
+        expires. For one thread at a time.
+
+        Parameters
+        ----------
+        should_stop
+            Polled between calls to Redis, each of which removes a few hundred.
+
+        Raises
+        ------
+        HashlensError
+            Redis refuses, or has gone away. The next call does what is left.
+        """
+        if self._follower.trouble is not None:
+            return 0
+        return remove_expired(self._local.snapshot, self._catalog, self._meta, should_stop)
+
     def checkpoint(self) -> int:
         """Make everything applied so far safe in the local files; return the version that is.
 
@@ -308,8 +339,51 @@ class Collection:
         DataLossError
             The disk has lost writes; see `LocalCollection.checkpoint`.
         """
-        if self._follower.is_lost:
-            return self._local.checkpoint_seq
+        with self._checkpointing:
+            if self._follower.is_lost or self._is_held:
+                return self._local.checkpoint_seq
+            return self._checkpoint()
+
+    def verify(self, stop: threading.Event) -> Verified:
+        """Compare the local files with Redis and with their checksums; raises as `verify.verify`.
+
+        Set `stop` to end it early; `close` does.
+        """
+        with self._stoppable(stop):
+            return compared(self._local, self._follower, self._meta, stop)
+
+    def rebuild(self, stop: threading.Event) -> Rebuilt:
+        """Make the local files anew from Redis, with all features that are whole.
+
+        Searching goes on in the old files until the new ones have all that those have. Set `stop`
+        to end it early, and everything is as before; `close` does.
+
+        Raises
+        ------
+        OverloadedError
+            It is being done.
+        HashlensError, OSError
+            See `remake.remade`.
+        """
+        if not self._rebuilding.acquire(blocking=False):
+            raise OverloadedError(f"{self.spec.name} is being rebuilt", retry_after_s=_SETTLE_S)
+        before = self._follower
+        try:
+            with self._checkpointing:
+                self._is_held = True
+            with self._stoppable(stop):
+                old = self._local
+                made, self._local = remade(old, before, self._catalog, self._replica.id, stop)
+                self._local.on_damage = old.on_damage
+            return made
+        finally:
+            if before.is_stopping and not self._stopping.is_set():
+                self._follower = before.on(self._local)
+                self._follower.start()
+            self._is_held = False
+            self._rebuilding.release()
+
+    def _checkpoint(self) -> int:
         self._checkpointed_at = time.monotonic()
         try:
             seq = self._local.checkpoint()
@@ -406,12 +480,16 @@ class Collection:
         return late or pending_rows >= rows or pending_bytes >= n_bytes
 
     def start(self) -> None:
-        """Begin to follow the log."""
+        """Begin to follow the log, and to index the tags that are there."""
         self._follower.start()
+        self._tags.start()
 
     def stop(self) -> None:
         """Ask all that is under way to end; `close` and `remove` wait for it."""
         self.stop_compacting()
+        for stop in list(self._running):
+            stop.set()
+        self._tags.stop()
         self._follower.stop()
 
     def close(self) -> None:
@@ -435,9 +513,22 @@ class Collection:
 
     def _end(self) -> None:
         self.stop()
-        self._follower.join()
+        self._tags.stop()
         with self._rebuilding:
-            pass
+            self._follower.stop()
+            self._follower.join()
+        self._tags.join()
+
+    @contextlib.contextmanager
+    def _stoppable(self, stop: threading.Event) -> Iterator[None]:
+        """Let `stop` be set when the collection is closed."""
+        self._running.append(stop)
+        try:
+            if self._stopping.is_set():
+                stop.set()
+            yield
+        finally:
+            self._running.remove(stop)
 
     def _check_writable(self, give_up: float) -> None:
         """Refuse what could not be applied here; the rest is for Redis to say."""

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from hashlens import codes
 from hashlens.errors import CancelledError
+from search_service.snapshot import Texts
 from search_service.storage import layout, manifest
 from search_service.storage.append_file import Mappings
 from search_service.storage.arrays import Arrays, Prefix
@@ -187,6 +188,7 @@ class _Copy:
         source.check(first)
         self._table = RowTable(arrays.rows)
         self._table.index(self._stored_ids())
+        self._index_tags(arrays.rows)
         self._table.lose(missing)
         self._sync()
         for _ in range(_MAX_ROUNDS):
@@ -196,7 +198,6 @@ class _Copy:
             self._catch_up(now)
             self._sync()
         held = _names_with_dead_rows(local, first)
-        erased_before = local.erased_seq
         old = local.switch(arrays, self._table, first.seq, self._catch_up)
         files = [
             OldFile(file.path, file.length, _identity(file.path), file.mappings)
@@ -206,10 +207,9 @@ class _Copy:
         del old
         try:
             _remove_others(local.directory, local.generation)
+            local.erased_seq = first.seq
         except OSError as error:
-            # The new files count, but nothing is erased before the old ones are gone. Of the error
-            # its text only: whoever keeps it keeps its frames, and with them old mappings.
-            local.erased_seq = erased_before
+            # Its text only: whoever keeps the error keeps its frames, and with them old mappings.
             logger.error("old files of %s cannot be removed: %s", local.spec.name, str(error))
         n_erased = 0 if first.dead is None else int(np.count_nonzero(first.dead))
         if self._n_damaged:
@@ -282,6 +282,12 @@ class _Copy:
         )
         if self._table is not None:
             self._table.extend(ids, self._stored_ids())
+
+    def _index_tags(self, rows: int) -> None:
+        assert self._table is not None
+        tags = Texts(self._arrays.tag_bytes(), self._arrays.records()["tags_end"])
+        while not self._table.tags.extend(tags, rows):
+            self._pace.check()
 
     def _stored_ids(self) -> StoredIds:
         return StoredIds(self._arrays.id_bytes(), self._arrays.records())

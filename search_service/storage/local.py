@@ -199,6 +199,11 @@ class LocalCollection:
         """Rows and bytes applied since the last checkpoint began."""
         return self._rows_since_checkpoint, self._bytes_since_checkpoint
 
+    @property
+    def segment_bytes(self) -> int:
+        """How long a full file of features is; for codes only, how many rows it would have."""
+        return self._arrays.rows_per_segment * max(layout.feature_bytes(self.spec), 1)
+
     def frozen(self) -> Frozen:
         """Return everything in the files at this moment, for who compares it."""
         with self._lock:
@@ -374,7 +379,7 @@ class LocalCollection:
         """Go over to files of the next generation; return the old ones, closed.
 
         Nothing is applied meanwhile. Whatever goes wrong before the manifest is switched, the old
-        files go on.
+        files go on. `erased_seq` stays: nothing is erased before the old files are gone.
 
         Parameters
         ----------
@@ -420,7 +425,7 @@ class LocalCollection:
             # Who copied them has checked them.
             self._checks = FeatureChecks(0, self._note_damage)
             self.generation = generation
-            self.erased_seq = self._saved_erased_seq = erased_seq
+            self._saved_erased_seq = erased_seq
             self.checkpoint_seq = self.seq
             self._rows_since_checkpoint = self._bytes_since_checkpoint = 0
             self._publish()
@@ -522,6 +527,7 @@ class LocalCollection:
 
     def _publish(self) -> None:
         snapshot = self._build()
+        snapshot.ids.index_tags()  # A little at a time: what has just come, as a rule.
         with self._published:
             self._snapshot = snapshot
             self._published.notify_all()

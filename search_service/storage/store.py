@@ -70,6 +70,8 @@ class StoreConfig:
     """About how long a file of features gets, in bytes."""
     redis_timeout_s: float = 5.0
     """The longest wait for one reply of Redis, in seconds."""
+    expire_interval_s: float = 1.0
+    """How often to look for items that have expired, in seconds."""
     address: str = ""
     """host:port where other replicas reach this one; empty if they cannot."""
     hello_interval_s: float = 5.0
@@ -144,6 +146,7 @@ class Store:
         self._threads = [
             threading.Thread(target=self._discover, name="discover", daemon=True),
             threading.Thread(target=self._checkpoint, name="checkpoint", daemon=True),
+            threading.Thread(target=self._expire, name="expire", daemon=True),
             threading.Thread(target=self._hello, name="hello", daemon=True),
         ]
         self._leases = Leases(self._directory, config.lease_s)
@@ -625,6 +628,16 @@ class Store:
                     except (HashlensError, OSError) as error:
                         self._counters.n_failed_checkpoints += 1
                         logger.error("no checkpoint of %s: %s", collection.spec.name, error)
+
+    def _expire(self) -> None:
+        """Thread: have what has expired removed."""
+        while not self._closing.wait(self._config.expire_interval_s):
+            for collection in list(self._collections.values()):
+                try:
+                    collection.expire(self._closing.is_set)
+                except HashlensError as error:
+                    # Redis has gone, or the collection: whoever looks after those warns.
+                    logger.info("nothing of %s expires: %s", collection.spec.name, error)
 
     @contextlib.contextmanager
     def _administering(self, deadline_s: float) -> Iterator[None]:

@@ -160,7 +160,8 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def compact(self) -> None:
         self.collection.wait_for(self.model.version, DEADLINE_S)
-        self.collection.compact()
+        done = self.collection.compact()
+        assert done.erased_seq == self.model.version
         assert self.collection.snapshot().rows == len(self.model.items)
         assert_holds(self.collection, self.model)
         self.check_disk()
