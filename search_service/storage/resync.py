@@ -172,7 +172,8 @@ class Resyncer:
         try:
             self._resync(collection)
         except CancelledError:
-            if self._stop.is_set() and not self._closing.is_set():
+            is_over = self._stop.is_set() or not collection.needs_files
+            if is_over and not self._closing.is_set():
                 shutil.rmtree(self._config.draft(name), ignore_errors=True)
         except Exception as error:
             # Whatever it is, reading goes on and the thread lives to try again.

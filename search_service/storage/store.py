@@ -491,12 +491,13 @@ class Store:
         Raises
         ------
         CancelledError
-            The collection was dropped, or the store is closing.
+            The collection was dropped or repaired meanwhile, or the store is closing.
         """
         name = collection.spec.name
         with self._admin:
-            if self._closing.is_set() or self._collections.get(name) is not collection:
-                raise CancelledError(f"{name} is not there any more.")
+            gone = self._closing.is_set() or self._collections.get(name) is not collection
+            if gone or not collection.needs_files:
+                raise CancelledError(f"{name} needs no other files any more.")
             collection.close()
             place()
             collection.succeeded_by(self._serve(LocalCollection.load(self._directory / name)))
