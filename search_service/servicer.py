@@ -51,8 +51,8 @@ from search_service.replication.client import GrpcPeers
 from search_service.replication.servicer import ReplicaServicer, ServingLimits
 from search_service.sketches import Sketches
 from search_service.snapshot import Snapshot
+from search_service.storage import Store, StoreConfig
 from search_service.storage.collection import Collection
-from search_service.storage.store import Store, StoreConfig
 from search_service.store_metrics import store_metrics
 from search_service.verify import Verifier, VerifyRpc
 

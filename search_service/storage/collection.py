@@ -9,11 +9,9 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 
-from hashlens import codes
 from hashlens.errors import (
     DeadlineError,
     HashlensError,
-    InvalidInputError,
     LimitError,
     OverloadedError,
     PreconditionError,
@@ -21,10 +19,6 @@ from hashlens.errors import (
 )
 from hashlens.packed_items import PackedItems
 from hashlens.types import (
-    MAX_ID_BYTES,
-    MAX_PAYLOAD_BYTES,
-    MAX_TAG_BYTES,
-    MAX_TAGS,
     CollectionInfo,
     CollectionSpec,
     DeleteResult,
@@ -40,7 +34,7 @@ from search_service.storage.follower import Follower
 from search_service.storage.keys import Meta
 from search_service.storage.leases import Lease, Leases
 from search_service.storage.local import LocalCollection
-from search_service.storage.packed_records import packed_records
+from search_service.storage.packing import id_bytes, packed_records, record_of
 from search_service.storage.rebuild import Rebuilt
 from search_service.storage.records import Record
 from search_service.storage.remake import compared, remade
@@ -93,8 +87,6 @@ class Collection:
         self._replica = replica
         self._limits = limits
         self._durability = durability
-        self._code_bytes = codes.n_bytes(local.spec.n_bits)
-        self._feature_bytes = layout.feature_bytes(local.spec)
         self._checkpoint_trouble = ""
         self._written = 0
         """About the last write of this replica's own callers."""
@@ -273,7 +265,7 @@ class Collection:
         if isinstance(items, PackedItems):
             records = packed_records(items, self.spec)
         else:
-            records = [self._pack(item, f"items[{i}]") for i, item in enumerate(items)]
+            records = [record_of(item, self.spec, f"items[{i}]") for i, item in enumerate(items)]
         if not records:
             return self.snapshot().version
         self._check_writable(give_up)
@@ -292,7 +284,7 @@ class Collection:
 
     def delete(self, ids: Sequence[str], *, request_id: str, deadline_s: float) -> DeleteResult:
         """Remove items; ids that are not there are no error. Otherwise as `upsert`."""
-        packed = [_id_bytes(item_id, f"ids[{i}]") for i, item_id in enumerate(ids)]
+        packed = [id_bytes(item_id, f"ids[{i}]") for i, item_id in enumerate(ids)]
         if not packed:
             return DeleteResult(version=self.snapshot().version, n_deleted=0)
         give_up = time.monotonic() + deadline_s
@@ -562,50 +554,3 @@ class Collection:
                 )
             with contextlib.suppress(DeadlineError):
                 self._local.wait_for(self._written - lag_items, min(left_s, _SETTLE_S))
-
-    def _pack(self, item: Record, field: str) -> Raw:
-        """Return an item's log record.
-
-        The log is applied by every replica for ever, so what does not fit must not get in.
-        """
-        item_id = _id_bytes(item.id, f"{field}.id")
-        if len(item.code) != self._code_bytes:
-            raise InvalidInputError(
-                f"A code of this collection has {self._code_bytes} bytes.",
-                field=f"{field}.embedding.code",
-            )
-        if len(item.feature) != self._feature_bytes:
-            raise InvalidInputError(
-                f"A feature of this collection has {self._feature_bytes} bytes.",
-                field=f"{field}.embedding.feature",
-            )
-        if len(item.payload) > MAX_PAYLOAD_BYTES:
-            raise InvalidInputError(
-                f"A payload has at most {MAX_PAYLOAD_BYTES} bytes.", field=f"{field}.payload"
-            )
-        unused_bits = self.spec.n_bits % 8
-        if unused_bits and item.code[-1] >> unused_bits:
-            raise InvalidInputError(
-                "The bits behind a code's end are zero.", field=f"{field}.embedding.code"
-            )
-        tags = [tag.encode() for tag in item.tags]
-        if len(tags) > MAX_TAGS or any(not 0 < len(tag) <= MAX_TAG_BYTES for tag in tags):
-            raise InvalidInputError(
-                f"An item has at most {MAX_TAGS} tags of 1 to {MAX_TAG_BYTES} bytes.",
-                field=f"{field}.tags",
-            )
-        if not 0 <= item.expires_ms < 1 << 63:
-            raise InvalidInputError("No such time.", field=f"{field}.expires_unix_ms")
-        extras = layout.pack_extras(item.payload, layout.pack_tags(item.tags), item.expires_ms)
-        return Raw(item_id, layout.pack_put(item_id, item.code, extras, item.feature))
-
-
-def _id_bytes(item_id: str, field: str) -> bytes:
-    """Return an id as it is stored."""
-    try:
-        encoded = item_id.encode()
-    except UnicodeEncodeError:
-        raise InvalidInputError("An id is Unicode text; this one is not.", field=field) from None
-    if not 0 < len(encoded) <= MAX_ID_BYTES:
-        raise InvalidInputError(f"An id has 1 to {MAX_ID_BYTES} bytes of UTF-8.", field=field)
-    return encoded

@@ -50,7 +50,10 @@ def around(
 ) -> Iterator[Callable[..., Around]]:
     """Makes collections in a store of the test's own; arguments change the specification."""
     names: list[str] = []
-    config = StoreConfig(data_dir=data_dir, redis_url=server.url, segment_bytes=4096)
+    # Nobody else finds what a test has damaged.
+    config = StoreConfig(
+        data_dir=data_dir, redis_url=server.url, segment_bytes=4096, scrub_mb_per_s=0
+    )
     with Store.open(config) as store:
 
         def make(**changes: object) -> Around:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import struct
 import threading
 import zlib
@@ -17,6 +18,8 @@ import redis
 from hashlens.errors import CancelledError, OverloadedError, PreconditionError
 from search_service.storage import Store, StoreConfig
 from search_service.storage.catalog import Catalog, Raw
+from search_service.storage.differences import Differences
+from search_service.storage.file_checks import check_features, check_files
 from search_service.storage.layout import bucket_of
 from search_service.storage.verify import Verified
 from tests.support.around import Around
@@ -231,11 +234,23 @@ def test_a_flipped_byte_is_found_and_mended(around: Callable[..., Around], name:
 
 
 @on_one_kind
-def test_files_that_end_too_early(around: Callable[..., Around]) -> None:
+def test_files_that_are_gone_or_cut(around: Callable[..., Around]) -> None:
     here = filled(around())
-    (here.files / "features-0.s00000.f16").unlink()
-    found = verified(here)
-    assert any("features-0.s00000.f16" in line for line in found.differences)
+    # Not the store's own, which it would put aside.
+    local = here.installed(here.rebuild(here.files))
+    segments = sorted(path.name for path in local.directory.glob("features-*"))
+    (local.directory / segments[0]).unlink()
+    os.truncate(local.directory / segments[1], 16)
+    os.truncate(local.directory / "ids-0.bin", 16)
+    differences, stop = Differences(), threading.Event()
+    check_files(local.directory, differences, stop)
+    assert [line.partition(":")[0] for line in differences.lines] == [*segments[:2], "ids-0.bin"]
+    differences = Differences()
+    check_features(local.directory, local.frozen(), local.spec, differences, stop)
+    # 1024 bytes have 64 features of 8 numbers, 16 bytes have one.
+    assert differences.n == 1 + 63
+    assert segments[0] in differences.lines[0]
+    local.close()
 
 
 def test_a_rebuilt_collection_goes_on(around: Callable[..., Around], data_dir: Path) -> None:
