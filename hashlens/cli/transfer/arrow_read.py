@@ -37,11 +37,10 @@ class ArrowReader:
     """
 
     def __init__(self, path: Path, *, parquet: bool) -> None:
-        with _readable():
-            self._source = pa.memory_map(str(path))
+        self._source = pa.memory_map(str(path))
         try:
             with _readable():
-                self._parquet: Any = pq.ParquetFile(self._source) if parquet else None
+                self._parquet: Any = _parquet_file(self._source) if parquet else None
                 self._ipc: Any = None if parquet else pa.ipc.open_file(self._source)
                 self._open()
         except BaseException:
@@ -64,7 +63,7 @@ class ArrowReader:
         else:
             self.n_items = self._parquet.metadata.num_rows
         about = {
-            key.decode(): value.decode(errors="replace")
+            key.decode(errors="replace"): value.decode(errors="replace")
             for key, value in (schema.metadata or {}).items()
             if key.startswith(b"hashlens.")
         }
@@ -141,6 +140,10 @@ class ArrowReader:
             tags=_or_empty(found, "tags", n, ()),
             expires_unix_ms=_or_empty(found, "expires_unix_ms", n, 0),
         )
+
+
+def _parquet_file(source: Any) -> Any:
+    return pq.ParquetFile(source, page_checksum_verification=True)
 
 
 def _check_type(name: str, kind: Any) -> None:
@@ -244,8 +247,6 @@ def _readable() -> Iterator[None]:
     """Say of a damaged file that it is one."""
     try:
         yield
-    except FileNotFoundError:
-        raise
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InvalidInputError(f"is no such file that can be read: {line}") from None

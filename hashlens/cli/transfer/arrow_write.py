@@ -32,7 +32,7 @@ class ArrowWriter:
         self._schema = schema_of(layout)
         self._layout = layout
         if parquet:
-            self._writer: Any = pq.ParquetWriter(file, self._schema)
+            self._writer: Any = pq.ParquetWriter(file, self._schema, write_page_checksum=True)
         else:
             self._writer = pa.ipc.new_file(file, self._schema)
         self._waiting: list[Any] = []
@@ -49,8 +49,9 @@ class ArrowWriter:
         self._writer.close()
 
     def abandon(self) -> None:
-        """Forget what is left."""
+        """Forget what is left; the writer must not write it when it is collected."""
         self._waiting.clear()
+        self._writer.close()
 
     def _flush(self) -> None:
         if self._waiting:

@@ -78,14 +78,20 @@ def check_items(reader: ItemReader, spec: CollectionSpec, advance: Callable[[int
     advance
         Told how many items were looked at.
     """
-    hashes = np.empty(reader.n_items, dtype=np.int64)
+    hashes: list[NDArray[np.int64]] = []
     first = 0
     for part in reader.read():
         check_part(fitted(part, spec), spec.n_bits, first)
-        hashes[first : first + len(part)] = [hash(item_id) for item_id in part.ids]
+        hashes.append(np.array([hash(item_id) for item_id in part.ids], dtype=np.int64))
         first += len(part)
         advance(len(part))
-    _check_duplicates((item_id for part in reader.read() for item_id in part.ids), hashes)
+    if first != reader.n_items:
+        raise InvalidInputError(f"{first} items are in the file, it says {reader.n_items}")
+    if not hashes:
+        return
+    _check_duplicates(
+        (item_id for part in reader.read() for item_id in part.ids), np.concatenate(hashes)
+    )
 
 
 def check_part(columns: Columns, n_bits: int, first: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import lzma
 import math
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -26,6 +28,9 @@ from hashlens.types import MAX_ID_BYTES, MAX_PAYLOAD_BYTES, MAX_TAG_BYTES, MAX_T
 _MAX_TAGS_BYTES = MAX_TAGS * (MAX_TAG_BYTES + 1)
 _MAX_SCALAR_BYTES = 4096
 
+_DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError)
+"""What `zipfile` raises for a file that is damaged, encrypted or packed as it cannot unpack."""
+
 
 class NpzReader:
     """Reads a .npz file. Nothing in it is ever unpickled.
@@ -42,13 +47,13 @@ class NpzReader:
     """
 
     def __init__(self, path: Path) -> None:
-        with _readable():
-            self._archive = zipfile.ZipFile(path)
+        self._file = path.open("rb")
         try:
             with _readable():
+                self._archive = zipfile.ZipFile(self._file)
                 self._open()
         except BaseException:
-            self._archive.close()
+            self._file.close()
             raise
 
     def _open(self) -> None:
@@ -112,6 +117,7 @@ class NpzReader:
     def close(self) -> None:
         """Close the file."""
         self._archive.close()
+        self._file.close()
 
     def _part(self, streams: dict[str, _Rows], first: int, n: int) -> Columns:
         payloads = [b""] * n
@@ -212,10 +218,9 @@ class _Member:
         if self._n_bytes > _MAX_SCALAR_BYTES:
             raise InvalidInputError("is too long", field=self.name)
         with self.rows() as rows:
-            try:
-                return rows.take_all()[0].item()
-            except ValueError as error:
-                raise InvalidInputError(f"is no text: {error}", field=self.name) from None
+            if self.dtype.kind == "U":
+                return _texts({self.name: rows}, self.name, 0, 1, 0)[0]
+            return rows.take(1)[0].item()
 
     @contextmanager
     def rows(self) -> Iterator[_Rows]:
@@ -249,10 +254,6 @@ class _Rows:
         """Return the next `n` rows."""
         data = self.take_bytes(n * math.prod(self._row_shape) * self.dtype.itemsize)
         return np.frombuffer(data, dtype=self.dtype).reshape(n, *self._row_shape)
-
-    def take_all(self) -> NDArray[Any]:
-        """Return what is left, flat; checks the member's checksum."""
-        return np.frombuffer(self._stream.read(), dtype=self.dtype)
 
     def take_bytes(self, n_bytes: int) -> bytes:
         """Return the next bytes."""
@@ -288,15 +289,15 @@ def _blobs(streams: dict[str, _Rows], name: str, first: int, n: int, longest: in
 
 def _texts(streams: dict[str, _Rows], name: str, first: int, n: int, longest: int) -> list[str]:
     """Return the next `n` texts."""
-    found: list[Any] = []
     if streams[name].dtype.kind == "U":
         column = streams[name].take(n)
-        for i in range(n):
-            try:
-                found.append(str(column[i]))
-            except ValueError:
-                raise InvalidInputError("is no text", field=f"{name}[{first + i}]") from None
-        return found
+        if column.dtype.itemsize:
+            letters = column.view(column.dtype.str[0] + "u4").reshape(n, -1)
+            wrong = np.flatnonzero((letters > sys.maxunicode).any(axis=1))
+            if len(wrong):
+                raise InvalidInputError("is no text", field=f"{name}[{first + int(wrong[0])}]")
+        return [str(text) for text in column.tolist()]
+    found = []
     for i, blob in enumerate(_blobs(streams, name, first, n, longest)):
         try:
             found.append(blob.decode())
@@ -310,5 +311,5 @@ def _readable() -> Iterator[None]:
     """Say of a damaged zip file that it is one."""
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except _DAMAGE as error:
         raise InvalidInputError(f"is no .npz file that can be read: {error}") from None

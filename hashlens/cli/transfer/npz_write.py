@@ -90,7 +90,7 @@ class NpzWriter:
 
     def _spool(self, name: str, data: bytes) -> None:
         if name not in self._spools:
-            spool = tempfile.TemporaryFile(dir=self._folder)
+            spool = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - the stack closes it
             self._spools[name] = self._stack.enter_context(spool)
         self._spools[name].write(data)
 
