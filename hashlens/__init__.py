@@ -21,6 +21,7 @@ from hashlens.types import (
     Query,
     Rank,
     SearchOptions,
+    TagFilter,
 )
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Query",
     "Rank",
     "SearchOptions",
+    "TagFilter",
 ]
 
 __version__ = "0.1.0"

@@ -302,6 +302,27 @@ class DeleteResult:
 
 
 @dataclass(frozen=True, slots=True)
+class TagFilter:
+    """Which items count, by their tags; those that do not pass are not there for the search.
+
+    All conditions must hold; one without tags does. Each takes at most `MAX_TAGS` tags, whose order
+    means nothing.
+    """
+
+    any: tuple[str, ...] = ()
+    """At least one of these."""
+    all: tuple[str, ...] = ()
+    """Every one of these."""
+    none: tuple[str, ...] = ()
+    """Not one of these."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether every item passes."""
+        return not (self.any or self.all or self.none)
+
+
+@dataclass(frozen=True, slots=True)
 class SearchOptions:
     """How to answer a query; the defaults suit a first look."""
 
@@ -329,6 +350,8 @@ class SearchOptions:
     packed: bool = False
     """Return the hits as `hashlens.packed.PackedHits`, which for many hits is several times faster.
     Not with `with_feature` or `with_explanation`."""
+    filter: TagFilter | None = None
+    """Search only among items that pass; None: among all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -469,6 +492,26 @@ class AuditResult:
     """Share of `exhaustive_hits` that `answer` has; 1 if there are none."""
     first_miss: int | None
     """Position in `exhaustive_hits` of the first that `answer` lacks; None if it lacks none."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyResult:
+    """What a comparison of Redis with a replica's files found."""
+
+    version: int
+    """At which both were compared; after a repair, the one at which they were compared again."""
+    n_catalog_items: int
+    """Items in Redis."""
+    n_array_items: int
+    """Items in the files."""
+    differences: tuple[str, ...]
+    """A line for each, the first thousand."""
+    n_differences: int
+    n_repaired: int
+    """How many of them are gone since."""
+    digest: bytes
+    """Of all items of the replica, 16 bytes: two replicas at one version have the same. Empty where
+    the files do not hold together."""
 
 
 @dataclass(frozen=True, slots=True)

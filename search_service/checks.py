@@ -6,7 +6,7 @@ from hashlens import codes, convert
 from hashlens.errors import InvalidInputError, PreconditionError
 from hashlens.packed_items import PackedItems
 from hashlens.rpc.limits import check_size
-from hashlens.types import CollectionSpec, Embedding, Item, Query, Rank, SearchOptions
+from hashlens.types import CollectionSpec, Embedding, Item, Query, Rank, SearchOptions, TagFilter
 from hashlens.v1 import search_service_pb2 as spb
 from search_service.snapshot import Snapshot
 
@@ -174,6 +174,14 @@ def options_of(
             f"collection {spec.name!r} holds codes only: rank by HAMMING", field=f"{field}.rank"
         )
     return options
+
+
+def filter_of(message: spb.TagFilter, *, field: str) -> TagFilter | None:
+    """Return a filter, None if all pass, or raise InvalidInputError."""
+    try:
+        return convert.filter_from_proto(message)
+    except InvalidInputError as error:
+        raise error.within(field) from None
 
 
 def radius_of(radius_bits: int, spec: CollectionSpec, *, field: str) -> int:

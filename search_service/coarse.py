@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -130,6 +130,10 @@ def find_pools(
     """
     if not wanted:
         return []
+    if snapshot.few is not None:
+        few = snapshot.few
+        pools_of_few = find_pools(few.codes, wanted, scratch=scratch, cancel=cancel)
+        return [replace(pool, rows=few.rows[pool.rows]) for pool in pools_of_few]
     if len(wanted) == 1 and _is_small(snapshot):
         found = _find_serially(snapshot, wanted[0], scratch)
         if found is not None:

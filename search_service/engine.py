@@ -32,6 +32,7 @@ from search_service import coarse, explain, fine, margins, multi_index, sketch
 from search_service.cancel import AnyOf, Cancel
 from search_service.columns import packed_hits
 from search_service.features import with_feature
+from search_service.filtered import filtered
 from search_service.fits import check_options, check_query
 from search_service.index_keeper import IndexKeeper
 from search_service.kernels import select
@@ -163,11 +164,13 @@ class Engine:
         CancelledError, DeadlineError
             As `cancel` says.
         """
-        options = options or SearchOptions()
+        options, cancel = options or SearchOptions(), cancel or Cancel()
+        if options.filter is not None:
+            snapshot = filtered(snapshot, options.filter, cancel)
         ask = Ask(
             query=query,
-            options=options,
-            cancel=cancel or Cancel(),
+            options=replace(options, filter=None),
+            cancel=cancel,
             meanings=meanings or explain.Meanings(),
         )
         answers: list[SearchResult | Exception] = []
@@ -191,7 +194,8 @@ class Engine:
         snapshot
             What to search.
         asks
-            The queries.
+            The queries. Their options have no filter: it is the snapshot that is filtered, see
+            `search_service.filtered`.
         deliver
             Called once for each, in the order of `asks` but for those that fail early.
         """
@@ -263,6 +267,7 @@ class _Search:
     def __init__(self, snapshot: Snapshot, ask: Ask, number: int) -> None:
         self.snapshot, self.ask, self.number = snapshot, ask, number
         options, query = ask.options, ask.query
+        assert options.filter is None, "the snapshot is what is filtered"
         ask.cancel.check()
         check_options(snapshot, options)
         self.by_feature = _ranks_by_feature(snapshot, options.rank)
@@ -399,7 +404,8 @@ def _find_pools(
     ]
     cancels = [search.ask.cancel for search in searches]
     cancel = cancels[0] if len(cancels) == 1 else AnyOf(cancels)
-    with threads_for(8 * snapshot.rows * len(snapshot.words) * len(searches)):
+    n_compared = snapshot.rows if snapshot.few is None else snapshot.n_alive
+    with threads_for(8 * n_compared * len(snapshot.words) * len(searches)):
         return coarse.find_pools(snapshot, wanted, scratch=scratch, cancel=cancel, index=index)
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import grpc
@@ -30,11 +31,12 @@ from hashlens.types import (
     Rank,
     ReplicaInfo,
     SearchOptions,
+    TagFilter,
 )
 from hashlens.v1 import replica_service_pb2_grpc as rpb_grpc
 from hashlens.v1 import search_service_pb2 as spb
 from hashlens.v1 import search_service_pb2_grpc as spb_grpc
-from search_service import checks, writes
+from search_service import checks, filtered, writes
 from search_service.answers import Answerer, reply_of, together
 from search_service.audit import Auditor, check_auditable
 from search_service.ball_stream import Ball, BallStreamer
@@ -49,9 +51,10 @@ from search_service.replication.client import GrpcPeers
 from search_service.replication.servicer import ReplicaServicer, ServingLimits
 from search_service.sketches import Sketches
 from search_service.snapshot import Snapshot
+from search_service.storage import Store, StoreConfig
 from search_service.storage.collection import Collection
-from search_service.storage.store import Store, StoreConfig
 from search_service.store_metrics import store_metrics
+from search_service.verify import Verifier, VerifyRpc
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +69,7 @@ _LOOKUP_S = 2.0
 _ADVICE = "ask for fewer hits, or leave features out"
 
 
-class SearchServicer(CompactRpc):
+class SearchServicer(CompactRpc, VerifyRpc):
     """Answers the RPCs; a `hashlens.rpc.server.Service`.
 
     Parameters
@@ -94,6 +97,8 @@ class SearchServicer(CompactRpc):
         self._auditor = Auditor(max_audits=config.max_audits)
         self._erasures = Erasures()
         self._stack.callback(self._erasures.close)
+        self._verifier = Verifier()
+        self._stack.callback(self._verifier.close)
         self._replicas = ReplicaServicer(
             ServingLimits(config.max_copies, config.copy_mb_per_s * 1e6)
         )
@@ -307,7 +312,7 @@ class SearchServicer(CompactRpc):
         spec = collection.spec
         options = checks.options_of(request.options, spec)
         query = checks.query_of(request.query, spec, options.rank, field="query")
-        snapshot = await self._reached(collection, options.min_version, ends_s)
+        snapshot = await self._reached(collection, options.min_version, ends_s, options.filter)
         wait_ns = time.monotonic_ns() - started_ns
         self._check_fits(1, snapshot, options)
         answerer = self._answerer(collection, snapshot, options, ends_s)
@@ -333,7 +338,7 @@ class SearchServicer(CompactRpc):
             )
         collection = await self._collection(request.collection, context)
         options = checks.options_of(request.options, collection.spec)
-        snapshot = await self._reached(collection, options.min_version, ends_s)
+        snapshot = await self._reached(collection, options.min_version, ends_s, options.filter)
         wait_ns = time.monotonic_ns() - started_ns
         self._check_fits(n, snapshot, options)
         answerer = self._answerer(collection, snapshot, options, ends_s, n_queries=n)
@@ -376,7 +381,8 @@ class SearchServicer(CompactRpc):
         collection = await self._collection(request.collection, context)
         radius_bits = checks.radius_of(request.radius_bits, collection.spec, field="radius_bits")
         query = checks.query_of(request.query, collection.spec, Rank.HAMMING, field="query")
-        snapshot = await self._reached(collection, request.min_version, ends_s)
+        wanted = checks.filter_of(request.filter, field="filter")
+        snapshot = await self._reached(collection, request.min_version, ends_s, wanted)
         timings = spb.StageTimings(wait_version_ns=time.monotonic_ns() - started_ns)
         ball = Ball(
             snapshot=snapshot,
@@ -405,7 +411,7 @@ class SearchServicer(CompactRpc):
         options = checks.options_of(asked.options, spec, field="search.options")
         # Whatever ranks the answer, the exhaustive one needs the feature.
         query = checks.query_of(asked.query, spec, Rank.EUCLIDEAN, field="search.query")
-        snapshot = await self._reached(collection, options.min_version, ends_s)
+        snapshot = await self._reached(collection, options.min_version, ends_s, options.filter)
         wait_ns = time.monotonic_ns() - started_ns
         self._check_fits(1, snapshot, options)
         answerer = self._answerer(collection, snapshot, options, ends_s)
@@ -446,8 +452,14 @@ class SearchServicer(CompactRpc):
             lambda left_s: self._store.get(name, deadline_s=left_s), self._ends_s(context)
         )
 
-    async def _reached(self, collection: Collection, min_version: int, ends_s: float) -> Snapshot:
-        """Return a snapshot at least as new as asked for."""
+    async def _reached(
+        self,
+        collection: Collection,
+        min_version: int,
+        ends_s: float,
+        wanted: TagFilter | None = None,
+    ) -> Snapshot:
+        """Return a snapshot at least as new as asked for, through a filter."""
         pause_s = 0.0005
         while (snapshot := collection.newest.snapshot()).version < min_version:
             left_s = ends_s - time.monotonic()
@@ -463,7 +475,7 @@ class SearchServicer(CompactRpc):
             raise UnavailableError(collection.info().detail)
         if snapshot.rows == 0 and collection.is_lost:
             raise DataLossError(collection.info().detail)
-        return snapshot
+        return await filtered.reached(snapshot, wanted, ends_s)
 
     def _check_fits(self, n_queries: int, snapshot: Snapshot, options: SearchOptions) -> None:
         checks.check_reply_fits(
@@ -489,7 +501,7 @@ class SearchServicer(CompactRpc):
             images=self._images,
             collection=collection,
             snapshot=snapshot,
-            options=options,
+            options=replace(options, filter=None),  # The snapshot is through it.
             is_alone=n_queries == 1,
             ends_s=ends_s,
         )

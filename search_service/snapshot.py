@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hashlens import codes
-from hashlens.types import FeatureDtype
+from hashlens.types import FeatureDtype, TagFilter
+from search_service.views import Views
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,6 +65,24 @@ class IdLookup(Protocol):
     def expiries_of(self, rows: NDArray[np.int64]) -> list[int]:
         """Return when rows expire, in ms since 1970 or 0 for never; int64, shape ``[n]``."""
         ...
+
+    def index_tags(self) -> bool:
+        """Do some milliseconds of work for `passing`; tell whether it can be asked."""
+        ...
+
+    def passing(self, wanted: TagFilter) -> NDArray[np.int64]:
+        """Return the rows whose tags pass, dead ones too: int64, ascending; see `index_tags`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Few:
+    """The alive rows of a snapshot where they are few, and their codes once more."""
+
+    rows: NDArray[np.int64]
+    """Which they are, ascending, shape ``[n]``."""
+    codes: Snapshot
+    """Of these rows alone, in this order, none dead, without features."""
 
 
 class FeatureCheck(Protocol):
@@ -131,6 +150,10 @@ class Snapshot:
     table_id: str = ""
     """Names the append-only table that this is a version of: two snapshots with the same one have
     the same rows as far as both reach, only `dead` may differ. Empty: not known."""
+    few: Few | None = None
+    """The alive rows, where it is faster to compare those alone; the answer is the same."""
+    views: Views = field(init=False, repr=False, default_factory=Views)
+    """What filters leave of this snapshot; goes with it."""
     columns: NDArray[np.int64] = field(init=False)
     """Address of each of `words`: int64, shape ``[n_words]``."""
 
@@ -316,6 +339,14 @@ class _ListedIds:
 
     def expiries_of(self, rows: NDArray[np.int64]) -> list[int]:
         return [0] * rows.shape[0]
+
+    def index_tags(self) -> bool:
+        return True
+
+    def passing(self, wanted: TagFilter) -> NDArray[np.int64]:
+        # None has a tag.
+        n = 0 if wanted.any or wanted.all else len(self.listed)
+        return np.arange(n, dtype=np.int64)
 
 
 def read_only(array: NDArray[Any]) -> NDArray[Any]:

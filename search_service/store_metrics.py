@@ -53,5 +53,15 @@ def store_metrics(store: Store) -> Iterator[Metric]:
             "Checkpoints that the disk did not take.",
             counters.n_failed_checkpoints,
         ),
+        (
+            "hashlens_store_copied",
+            "Collections whose files were copied from another replica.",
+            counters.n_copied,
+        ),
+        (
+            "hashlens_store_rebuilt",
+            "Collections whose files were made anew from Redis.",
+            counters.n_rebuilt,
+        ),
     ):
         yield CounterMetricFamily(name, text, value=value)

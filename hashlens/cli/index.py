@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import click
 
+from hashlens import convert
 from hashlens.cli.connect import collection_option, connected, targets
 from hashlens.cli.ingest import CALL_DEADLINE_S, encode_patiently, pipelined
 from hashlens.cli.progress import step
@@ -29,6 +31,25 @@ BATCH_BYTES = 16 * 2**20
 
 LISTED_PROBLEMS = 100
 """Problems that are listed for people; ``--json`` lists all."""
+
+
+_MAX_TTL_S = 1e11
+"""More than three thousand years."""
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """What is written with every image of a run."""
+
+    tags: tuple[str, ...] = ()
+    """Sorted by their bytes, each once."""
+    expires_unix_ms: int = 0
+
+    def kept(self, stored: Item | None) -> Labels:
+        """Return these, and where there are none, those that are stored."""
+        if stored is None:
+            return self
+        return Labels(self.tags or stored.tags, self.expires_unix_ms or stored.expires_unix_ms)
 
 
 @dataclass(slots=True)
@@ -62,6 +83,19 @@ class Outcome:
     show_default=True,
     help="Batches that are read, encoded and written at the same time.",
 )
+@click.option(
+    "--tag",
+    "tags",
+    multiple=True,
+    metavar="TAG",
+    help="Tag all images below DIR with this and no other; give it several times for several tags.",
+)
+@click.option(
+    "--ttl-s",
+    type=click.FloatRange(min=0, min_open=True, max=_MAX_TTL_S),
+    metavar="SECONDS",
+    help="Let all images below DIR remove themselves so long after this run has begun.",
+)
 @click.option("--prune", is_flag=True, help="Also remove images whose files below DIR are gone.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def index(
@@ -70,16 +104,24 @@ def index(
     search_target: str,
     encoder_target: str,
     workers: int,
+    tags: tuple[str, ...],
+    ttl_s: float | None,
     prune: bool,
     as_json: bool,
 ) -> None:
     """Put all images below DIR into a collection.
 
     Images that are in already, and whose files have not changed, are skipped; so an interrupted
-    run is continued by running it again. Files that cannot be read are listed at the end; hidden
-    ones are left out. An image's id is its absolute path.
+    run is continued by running it again. With --tag, those that are tagged otherwise are written
+    again; with --ttl-s, all are. Files that cannot be read are listed at the end; hidden ones are
+    left out. An image's id is its absolute path.
     """
     begun = time.monotonic()
+    labels = Labels(
+        tags=convert.tags_from_proto(tags, field="--tag"),
+        # Made absolute once, so that all of the run go together.
+        expires_unix_ms=0 if ttl_s is None else math.ceil((time.time() + ttl_s) * 1000),
+    )
     root = Path(folder).resolve()
     log = console(stderr=True)
     with connected(search_target, encoder_target) as client:
@@ -96,7 +138,7 @@ def index(
         batches = cut(found.files, min(BATCH_ITEMS, model.max_batch_items))
         with step(log, "Indexing", len(found.files), "images") as advance:
             for outcome in pipelined(
-                lambda batch: index_batch(client, spec, batch), batches, workers
+                lambda batch: index_batch(client, spec, batch, labels), batches, workers
             ):
                 total.add(outcome)
                 advance(outcome.n_files)
@@ -158,11 +200,20 @@ def payload_of(file: ImageFile) -> bytes:
     return json.dumps(facts, ensure_ascii=False).encode("utf-8")
 
 
-def index_batch(client: Client, spec: CollectionSpec, batch: list[ImageFile]) -> Outcome:
-    """Read, encode and write those of some files that are new or changed."""
-    stored = client.get_items(spec.name, [file.path for file in batch], deadline_s=CALL_DEADLINE_S)
-    payloads = {item.id: item.payload for item in stored}
-    fresh = [file for file in batch if payloads.get(file.path) != payload_of(file)]
+def index_batch(
+    client: Client, spec: CollectionSpec, batch: list[ImageFile], labels: Labels
+) -> Outcome:
+    """Read, encode and write those of some files that are new, changed or labelled otherwise."""
+    found = client.get_items(spec.name, [file.path for file in batch], deadline_s=CALL_DEADLINE_S)
+    stored = {item.id: item for item in found}
+    wanted = {file.path: labels.kept(stored.get(file.path)) for file in batch}
+    fresh = [
+        file
+        for file in batch
+        if (item := stored.get(file.path)) is None
+        or item.payload != payload_of(file)
+        or wanted[file.path] != Labels(item.tags, item.expires_unix_ms)
+    ]
     outcome = Outcome(unchanged=len(batch) - len(fresh))
 
     files: list[ImageFile] = []
@@ -180,7 +231,7 @@ def index_batch(client: Client, spec: CollectionSpec, batch: list[ImageFile]) ->
         if isinstance(result, HashlensError):
             outcome.problems.append(Problem(file.path, result.message))
         else:
-            items.append(_item(file, result, spec))
+            items.append(_item(file, result, spec, wanted[file.path]))
     written = client.upsert(spec.name, items, deadline_s=CALL_DEADLINE_S)
     outcome.indexed = written.n_written
     outcome.problems += [Problem(f.id, f.error.message) for f in written.failures]
@@ -202,11 +253,17 @@ def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def _item(file: ImageFile, encoded: Encoded, spec: CollectionSpec) -> Item:
+def _item(file: ImageFile, encoded: Encoded, spec: CollectionSpec, labels: Labels) -> Item:
     embedding = encoded.embedding
     if spec.dim == 0:
         embedding = replace(embedding, feature=None)
-    return Item(id=file.path, embedding=embedding, payload=payload_of(file))
+    return Item(
+        id=file.path,
+        embedding=embedding,
+        payload=payload_of(file),
+        tags=labels.tags,
+        expires_unix_ms=labels.expires_unix_ms,
+    )
 
 
 def described(summary: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from hashlens.cli.text import printable
 from hashlens.cli.transfer.export_command import export
 from hashlens.cli.transfer.import_command import import_
 from hashlens.cli.up import up
+from hashlens.cli.verify import verify
 from hashlens.errors import HashlensError, InvalidInputError
 
 COMMANDS_GROUP = "hashlens.commands"
@@ -134,6 +135,7 @@ for command in (
     collections,
     replicas,
     compact,
+    verify,
     drop,
     export,
     import_,

@@ -12,6 +12,7 @@ from typing import Any
 import click
 from rich.table import Table
 
+from hashlens import convert
 from hashlens.cli.audited import AUDIT_DEADLINE_S, audit_dict, audit_line, audit_table
 from hashlens.cli.connect import collection_option, connected, targets
 from hashlens.cli.explained import Words, differing
@@ -26,6 +27,7 @@ from hashlens.types import (
     Receipt,
     SearchOptions,
     SearchResult,
+    TagFilter,
 )
 
 _MAX_COUNT = 2**32 - 1
@@ -67,6 +69,11 @@ MAX_QUERY_BYTES = 64 * 2**20
     help="What orders the answers.",
 )
 @click.option(
+    "--tag-any", multiple=True, metavar="TAG", help="Only images with this tag or another so given."
+)
+@click.option("--tag-all", multiple=True, metavar="TAG", help="Only images with this tag.")
+@click.option("--tag-none", multiple=True, metavar="TAG", help="Only images without this tag.")
+@click.option(
     "--ignore-margins",
     is_flag=True,
     help="Leave out of the order how sure the query was of each bit.",
@@ -97,6 +104,9 @@ def search(
     min_pool: int,
     max_pool: int | None,
     rank: str,
+    tag_any: tuple[str, ...],
+    tag_all: tuple[str, ...],
+    tag_none: tuple[str, ...],
     ignore_margins: bool,
     explain: bool,
     audit: bool,
@@ -124,6 +134,11 @@ def search(
         rank=Rank(rank),
         ignore_margins=ignore_margins,
         with_explanation=explain or html is not None,
+        filter=TagFilter(
+            any=convert.tags_from_proto(tag_any, field="--tag-any"),
+            all=convert.tags_from_proto(tag_all, field="--tag-all"),
+            none=convert.tags_from_proto(tag_none, field="--tag-none"),
+        ),
     )
     with connected(search_target, encoder_target) as client:
         begun = time.perf_counter()

@@ -32,6 +32,8 @@ from hashlens.types import (
     SearchOptions,
     SearchResult,
     ServiceHealth,
+    TagFilter,
+    VerifyResult,
     WriteResult,
 )
 from hashlens.v1 import encoder_service_pb2 as enc
@@ -398,6 +400,7 @@ class Client:
         id: str | None = None,  # noqa: A002 - the contract's word
         with_payload: bool = True,
         with_code: bool = False,
+        filter: TagFilter | None = None,  # noqa: A002 - the contract's word
         deadline_s: float | None = None,
     ) -> Generator[BallPart]:
         """Return all items within a Hamming radius, part by part, in the order of writing.
@@ -415,6 +418,8 @@ class Client:
             The centre, exactly one.
         with_payload, with_code
             What hits carry beside id and distance.
+        filter
+            Only items that pass; None: all.
         deadline_s
             Time for the whole ball, reading included, in seconds; None for the client's.
 
@@ -424,7 +429,9 @@ class Client:
             While iterating: the server went away before the end.
         """
         query = wire.query_of(image, embedding, id)
-        request = self._wire.ball_request(collection, query, radius_bits, with_payload, with_code)
+        request = self._wire.ball_request(
+            collection, query, radius_bits, with_payload, with_code, filter
+        )
         return self._parts(request, deadline_s)
 
     def _parts(
@@ -438,6 +445,31 @@ class Client:
             raise error_of_call(failure) from None
         finally:
             call.cancel()
+
+    def verify(
+        self, collection: str, *, repair: bool = False, deadline_s: float | None = None
+    ) -> VerifyResult:
+        """Compare Redis with the answering replica's files, and check every checksum.
+
+        Searching and writing go on. Reads everything, so allow more time than for a search.
+
+        Parameters
+        ----------
+        collection
+            Its name.
+        repair
+            Make the files anew if anything differs, with all features that are whole.
+        deadline_s
+            Time for the call, in seconds; None for the client's.
+
+        Raises
+        ------
+        OverloadedError
+            The server is at another check.
+        """
+        request = spb.VerifyRequest(collection=collection, repair=repair)
+        reply = self._call(self._search.Verify, request, deadline_s)
+        return convert.verify_from_proto(reply)
 
     # -- health ----------------------------------------------------------------------------------
 

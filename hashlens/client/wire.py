@@ -30,6 +30,7 @@ from hashlens.types import (
     SearchOptions,
     SearchResult,
     ServiceHealth,
+    TagFilter,
     WriteResult,
 )
 from hashlens.v1 import embedding_pb2 as epb
@@ -228,7 +229,13 @@ class Wire:
         return spb.AuditRequest(search=self.search_request(collection, query, options))
 
     def ball_request(
-        self, collection: str, query: Query, radius_bits: int, with_payload: bool, with_code: bool
+        self,
+        collection: str,
+        query: Query,
+        radius_bits: int,
+        with_payload: bool,
+        with_code: bool,
+        wanted: TagFilter | None,
     ) -> spb.StreamBallRequest:
         """Build a StreamBall."""
         if not 0 <= radius_bits <= codes.MAX_BITS:
@@ -236,6 +243,10 @@ class Wire:
                 f"radius_bits is {radius_bits}: codes have at most {codes.MAX_BITS} bits",
                 field="radius_bits",
             )
+        try:
+            tag_filter = convert.filter_to_proto(wanted)
+        except ValueError as error:  # What is no text.
+            raise InvalidInputError(f"a tag is out of range: {error}", field="filter") from None
         request = spb.StreamBallRequest(
             collection=collection,
             query=convert.query_to_proto(query),
@@ -243,6 +254,7 @@ class Wire:
             with_payload=with_payload,
             with_code=with_code,
             min_version=self.version_of(collection),
+            filter=tag_filter,
         )
         self._check_size(request.ByteSize(), "send a smaller picture")
         return request

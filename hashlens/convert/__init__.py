@@ -17,6 +17,7 @@ from hashlens.convert.collection import (
     replica_to_proto,
     spec_from_proto,
     spec_to_proto,
+    tags_from_proto,
 )
 from hashlens.convert.compact import compact_from_proto, compact_to_proto
 from hashlens.convert.embedding import (
@@ -51,6 +52,8 @@ from hashlens.convert.search import (
     result_from_proto,
     result_to_proto,
 )
+from hashlens.convert.tag_filter import filter_from_proto, filter_to_proto
+from hashlens.convert.verify import verify_from_proto, verify_to_proto
 
 __all__ = [
     "audit_from_proto",
@@ -70,6 +73,8 @@ __all__ = [
     "encode_timings_to_proto",
     "feature_from_proto",
     "feature_to_proto",
+    "filter_from_proto",
+    "filter_to_proto",
     "hit_from_proto",
     "hit_to_proto",
     "info_from_proto",
@@ -96,4 +101,7 @@ __all__ = [
     "result_to_proto",
     "spec_from_proto",
     "spec_to_proto",
+    "tags_from_proto",
+    "verify_from_proto",
+    "verify_to_proto",
 ]

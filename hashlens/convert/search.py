@@ -17,6 +17,7 @@ from hashlens.convert.embedding import (
     feature_from_proto,
     feature_to_proto,
 )
+from hashlens.convert.tag_filter import filter_from_proto, filter_to_proto
 from hashlens.errors import InvalidInputError
 from hashlens.packed import PackedHits
 from hashlens.types import (
@@ -33,6 +34,7 @@ from hashlens.types import (
     SearchOptions,
     SearchResult,
     StageTimings,
+    TagFilter,
 )
 from hashlens.v1 import embedding_pb2 as epb
 from hashlens.v1 import search_service_pb2 as spb
@@ -85,6 +87,7 @@ def options_to_proto(options: SearchOptions) -> spb.SearchOptions:
         min_version=options.min_version,
         ignore_margins=options.ignore_margins,
         packed=options.packed,
+        filter=filter_to_proto(options.filter),
     )
 
 
@@ -108,6 +111,12 @@ def options_from_proto(message: spb.SearchOptions) -> SearchOptions:
             "packed hits carry no features and no explanations: leave one of them out",
             field="packed",
         )
+    wanted: TagFilter | None = None
+    if message.HasField("filter"):
+        try:
+            wanted = filter_from_proto(message.filter)
+        except InvalidInputError as error:
+            raise error.within("filter") from None
     return SearchOptions(
         k=message.k,
         max_hamming_bits=(
@@ -123,6 +132,7 @@ def options_from_proto(message: spb.SearchOptions) -> SearchOptions:
         min_version=message.min_version,
         ignore_margins=message.ignore_margins,
         packed=message.packed,
+        filter=wanted,
     )
 
 

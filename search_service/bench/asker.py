@@ -11,7 +11,7 @@ from numba import types
 from numpy.typing import NDArray
 
 from hashlens import codes
-from hashlens.types import FeatureDtype
+from hashlens.types import FeatureDtype, TagFilter
 from search_service import coarse
 from search_service.bench.data import CodeSet
 from search_service.bench.report import WrongAnswerError
@@ -48,6 +48,12 @@ class _NoIds:
         raise AssertionError(_NO_IDS)
 
     def expiries_of(self, rows: NDArray[np.int64]) -> list[int]:
+        raise AssertionError(_NO_IDS)
+
+    def index_tags(self) -> bool:
+        raise AssertionError(_NO_IDS)
+
+    def passing(self, wanted: TagFilter) -> NDArray[np.int64]:
         raise AssertionError(_NO_IDS)
 
 

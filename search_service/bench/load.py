@@ -22,7 +22,7 @@ CHUNK_ITEMS = 4096
 CALL_DEADLINE_S = 120.0
 
 _BLOCK_ROWS = 4096
-_WRITABLE_S = 120.0
+_WRITABLE_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,8 @@ class Rows:
     codes: CodeSet
     spec: CollectionSpec
     seed: int
+    id_digits: int = 9
+    """Length of an id, in bytes."""
     kept: NDArray[Any] | None = None
     """Features of the first rows, so that who times writing does not time making them."""
 
@@ -41,7 +43,7 @@ class Rows:
 
     def id_of(self, row: int) -> str:
         """Return a row's id."""
-        return f"{row:09d}"
+        return f"{row:0{self.id_digits}d}"
 
     def features(self, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Return the features of rows: shape ``[n, dim]``."""

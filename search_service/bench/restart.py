@@ -15,7 +15,7 @@ from hashlens.client import Client
 from hashlens.config import options, setting
 from hashlens.errors import InvalidInputError
 from hashlens.types import CollectionSpec, FeatureDtype, Rank, SearchOptions
-from search_service.bench import load
+from search_service.bench import catalog, load
 from search_service.bench.command import BenchConfig, check_outputs, publish
 from search_service.bench.data import make_codes
 from search_service.bench.machine import describe
@@ -23,6 +23,7 @@ from search_service.bench.report import Measured, Report, WrongAnswerError
 from search_service.bench.service import Served, memory_of, redis_pid, served
 
 _NAME = "restart"
+_ID_DIGITS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +34,18 @@ class RestartConfig(BenchConfig):
     repeats: int = setting(5, "Restarts of which medians are taken.")
     bits: int = setting(64, "Code length, in bits.")
     dim: int = setting(0, "Width of the feature; 0: codes only.")
+    rebuild: bool = setting(False, "Also make the files anew from Redis alone; codes only.")
+    expected_rows: int = setting(
+        0, "What the collection is made for; 0: the most rows. Fewer show one that has outgrown it."
+    )
     data: Path | None = setting(None, "Folder to write below; without, a temporary one.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not all(part.isdecimal() and int(part) for part in self.rows.split(",")):
             raise InvalidInputError("rows are numbers, comma-separated", field="rows")
+        if self.rebuild and self.dim:
+            raise InvalidInputError("Redis keeps no features to rebuild", field="rebuild")
 
     @property
     def steps(self) -> list[int]:
@@ -52,24 +59,36 @@ def restart(config: RestartConfig) -> None:
     """Stop and start a search service over a growing collection.
 
     Ready is when health says SERVING. Each time a stored item has to find itself, or the run fails.
+    With --rebuild, files are also made anew from Redis while nothing else runs, and have to hold
+    the same as those of the service; what Redis takes for an id of twelve bytes is read after its
+    log is trimmed.
     """
     check_outputs(config)
     steps = config.steps
-    spec = CollectionSpec(_NAME, "bench", config.bits, config.dim, FeatureDtype.F16, steps[-1])
+    expected = config.expected_rows or steps[-1]
+    spec = CollectionSpec(_NAME, "bench", config.bits, config.dim, FeatureDtype.F16, expected)
     codes = make_codes("trained", steps[-1], config.bits, n_queries=1, seed=config.seed)
-    rows = load.Rows(codes, spec, config.seed)
+    rows = load.Rows(codes, spec, config.seed, id_digits=_ID_DIGITS)
     results = []
     with interruptible(), tempfile.TemporaryDirectory(dir=config.data) as folder:
         data_dir = Path(folder) / "data"
         for first, stop in zip([0, *steps[:-1]], steps, strict=True):
-            with served("search_service", ["--data-dir", str(data_dir)]) as service:
+            arguments = ["--data-dir", str(data_dir), "--checkpoint-interval-s", "2"]
+            with served("search_service", arguments) as service:
                 with Client(service.address, service.address) as client:
                     if first:
                         load.wait_writable(client, _NAME)
+                    else:
+                        empty_bytes = catalog.used_bytes(data_dir)
                     client.create_collection(_NAME, spec=spec)
                     load.write(client, rows, first, stop, callers=4)
+                if config.rebuild:
+                    catalog.wait_trimmed(data_dir, _NAME)
+                    id_bytes = (catalog.used_bytes(data_dir) - empty_bytes) / stop
                 before_mb = memory_of(service.pid).anonymous
             results.append(_case(config, data_dir, rows, stop, before_mb))
+            if config.rebuild:
+                results.append(catalog.rebuilt(data_dir, _NAME, config, stop, id_bytes))
     publish(Report("restart", describe(), results, {"dim": config.dim}), config)
 
 

@@ -8,6 +8,7 @@ never waits for Redis. `docs/format.md` describes every byte of both.
 from search_service.storage.collection import Collection
 from search_service.storage.embedded import EmbeddedRedis
 from search_service.storage.records import Record
-from search_service.storage.store import Store, StoreConfig
+from search_service.storage.store import Store
+from search_service.storage.store_config import StoreConfig
 
 __all__ = ["Collection", "EmbeddedRedis", "Record", "Store", "StoreConfig"]

@@ -56,7 +56,7 @@ class Looked(NamedTuple):
 
 
 class BucketReader:
-    """Reads the buckets of one collection. Not thread-safe.
+    """Reads the buckets of one collection. Thread-safe.
 
     Parameters
     ----------

@@ -248,6 +248,43 @@ class Catalog:
         """Remove items; raises as `put`."""
         return self._write(scripts.DELETE, meta, items, request_id, deadline_s, known_seq)
 
+    def expire(
+        self, meta: Meta, items: Sequence[Raw], deadline_s: float, known_seq: int = 0
+    ) -> Written:
+        """Remove those of the items that are still what they were, and have expired.
+
+        Whether they have, the server's clock says. Repeating it, or doing it on several replicas at
+        once, does no harm.
+
+        Parameters
+        ----------
+        meta
+            Of the collection.
+        items
+            At most `CHUNK_ITEMS`; `record` is as `layout.pack_expire` made it.
+        deadline_s
+            The longest to wait, in seconds.
+        known_seq
+            As for `put`.
+
+        Raises
+        ------
+        PreconditionError
+            Redis has another epoch of the collection, or none, or it has lost writes.
+        NotFoundError
+            The collection is being dropped.
+        """
+        keys = Keys(meta.spec.name)
+        buckets, body = _body(keys, items, meta.n_buckets)
+        reply = self._script(
+            scripts.EXPIRE,
+            [keys.meta, keys.log, *buckets],
+            [meta.epoch, body, known_seq],
+            deadline_s,
+        )
+        check_status(meta.spec.name, reply)
+        return Written(int(reply[1]), int(reply[2]))
+
     def trim(
         self,
         meta: Meta,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from collections.abc import Iterator
 from typing import IO, Final
 
 import numpy as np
@@ -17,7 +16,7 @@ from search_service.storage import layout
 from search_service.storage.arrays import Arrays
 from search_service.storage.buckets import ID_END, Batch
 from search_service.storage.failpoints import reach
-from search_service.storage.gather import gathered
+from search_service.storage.gather import cut, gathered
 from search_service.storage.keys import Meta
 from search_service.storage.old_features import OldFeatures
 
@@ -114,7 +113,7 @@ class CatalogItems:
                 ids=ids,
                 payloads=payloads,
                 tags=tags,
-                features=_features(records, ids, lengths, width, features),
+                features=_features(records, ids, lengths, packed, width, features),
                 deaths=np.zeros(0, dtype=layout.DEATH),
             )
 
@@ -150,6 +149,7 @@ def _features(
     records: NDArray[np.void],
     ids: bytes,
     lengths: NDArray[np.int64],
+    packed: NDArray[np.uint8],
     width: int,
     found: OldFeatures | None,
 ) -> bytes:
@@ -160,19 +160,13 @@ def _features(
     records["feature_crc32"] = zlib.crc32(bytes(width))
     records["flags"] = layout.NO_FEATURE
     if found is not None:
+        words = codes.as_words(packed).astype("<u8", copy=False).T
         for row, (seq, item_id) in enumerate(
-            zip(records["seq"].tolist(), _cut(ids, lengths), strict=True)
+            zip(records["seq"].tolist(), cut(ids, lengths), strict=True)
         ):
-            old = found.read(seq, item_id)
+            old = found.read(seq, item_id, words[row].tobytes())
             if old is not None:
                 features[row * width : (row + 1) * width] = old[0]
                 records["feature_crc32"][row] = old[1]
                 records["flags"][row] = 0
     return bytes(features)
-
-
-def _cut(data: bytes, lengths: NDArray[np.int64]) -> Iterator[bytes]:
-    at = 0
-    for length in lengths.tolist():
-        yield data[at : at + length]
-        at += length

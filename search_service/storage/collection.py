@@ -7,13 +7,11 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from hashlens import codes
 from hashlens.errors import (
     DeadlineError,
     HashlensError,
-    InvalidInputError,
     LimitError,
     OverloadedError,
     PreconditionError,
@@ -21,10 +19,6 @@ from hashlens.errors import (
 )
 from hashlens.packed_items import PackedItems
 from hashlens.types import (
-    MAX_ID_BYTES,
-    MAX_PAYLOAD_BYTES,
-    MAX_TAG_BYTES,
-    MAX_TAGS,
     CollectionInfo,
     CollectionSpec,
     DeleteResult,
@@ -34,14 +28,19 @@ from search_service.snapshot import Snapshot
 from search_service.storage import layout
 from search_service.storage.catalog import Catalog, Raw
 from search_service.storage.compaction import Compacted, Pace, compact
+from search_service.storage.expiry import remove_expired
 from search_service.storage.failpoints import reach
 from search_service.storage.follower import Follower
 from search_service.storage.keys import Meta
 from search_service.storage.leases import Lease, Leases
 from search_service.storage.local import LocalCollection
-from search_service.storage.packed_records import packed_records
+from search_service.storage.packing import id_bytes, packed_records, record_of
+from search_service.storage.rebuild import Rebuilt
 from search_service.storage.records import Record
+from search_service.storage.remake import compared, remade
 from search_service.storage.replicas import Identity, LogLimits, Replicas
+from search_service.storage.tag_builder import TagBuilder
+from search_service.storage.verify import Verified
 
 logger = logging.getLogger(__name__)
 
@@ -88,13 +87,17 @@ class Collection:
         self._replica = replica
         self._limits = limits
         self._durability = durability
-        self._code_bytes = codes.n_bytes(local.spec.n_bits)
-        self._feature_bytes = layout.feature_bytes(local.spec)
         self._checkpoint_trouble = ""
         self._written = 0
         """About the last write of this replica's own callers."""
         self._meta = Meta(local.spec, local.epoch, local.n_buckets, local.seq, False)
         self._checkpointed_at = time.monotonic()
+        self._checkpointing = threading.Lock()
+        self._is_held = False
+        """Whether the log is kept for a rebuild, so that no checkpoint may trim it."""
+        self._running: list[threading.Event] = []
+        """What stops the checks and rebuilds that are running."""
+        self._tags = TagBuilder(local)
         self._stopping = threading.Event()
         self._rebuilding = threading.Lock()
         self._note = ""
@@ -262,7 +265,7 @@ class Collection:
         if isinstance(items, PackedItems):
             records = packed_records(items, self.spec)
         else:
-            records = [self._pack(item, f"items[{i}]") for i, item in enumerate(items)]
+            records = [record_of(item, self.spec, f"items[{i}]") for i, item in enumerate(items)]
         if not records:
             return self.snapshot().version
         self._check_writable(give_up)
@@ -281,7 +284,7 @@ class Collection:
 
     def delete(self, ids: Sequence[str], *, request_id: str, deadline_s: float) -> DeleteResult:
         """Remove items; ids that are not there are no error. Otherwise as `upsert`."""
-        packed = [_id_bytes(item_id, f"ids[{i}]") for i, item_id in enumerate(ids)]
+        packed = [id_bytes(item_id, f"ids[{i}]") for i, item_id in enumerate(ids)]
         if not packed:
             return DeleteResult(version=self.snapshot().version, n_deleted=0)
         give_up = time.monotonic() + deadline_s
@@ -296,6 +299,26 @@ class Collection:
         self._follower.saw(written.seq)
         return DeleteResult(version=written.seq, n_deleted=written.n_items)
 
+    def expire(self, should_stop: Callable[[], bool]) -> int:
+        """Have Redis remove what has expired; return how many items it removed.
+
+        It goes by the log, so all replicas lose it at one version. While Redis is away nothing
+        expires. For one thread at a time.
+
+        Parameters
+        ----------
+        should_stop
+            Polled between calls to Redis, each of which removes a few hundred.
+
+        Raises
+        ------
+        HashlensError
+            Redis refuses, or has gone away. The next call does what is left.
+        """
+        if self._follower.trouble is not None:
+            return 0
+        return remove_expired(self._local.snapshot, self._catalog, self._meta, should_stop)
+
     def checkpoint(self) -> int:
         """Make everything applied so far safe in the local files; return the version that is.
 
@@ -308,8 +331,51 @@ class Collection:
         DataLossError
             The disk has lost writes; see `LocalCollection.checkpoint`.
         """
-        if self._follower.is_lost:
-            return self._local.checkpoint_seq
+        with self._checkpointing:
+            if self._follower.is_lost or self._is_held:
+                return self._local.checkpoint_seq
+            return self._checkpoint()
+
+    def verify(self, stop: threading.Event) -> Verified:
+        """Compare the local files with Redis and with their checksums; raises as `verify.verify`.
+
+        Set `stop` to end it early; `close` does.
+        """
+        with self._stoppable(stop):
+            return compared(self._local, self._follower, self._meta, stop)
+
+    def rebuild(self, stop: threading.Event) -> Rebuilt:
+        """Make the local files anew from Redis, with all features that are whole.
+
+        Searching goes on in the old files until the new ones have all that those have. Set `stop`
+        to end it early, and everything is as before; `close` does.
+
+        Raises
+        ------
+        OverloadedError
+            It is being done.
+        HashlensError, OSError
+            See `remake.remade`.
+        """
+        if not self._rebuilding.acquire(blocking=False):
+            raise OverloadedError(f"{self.spec.name} is being rebuilt", retry_after_s=_SETTLE_S)
+        before = self._follower
+        try:
+            with self._checkpointing:
+                self._is_held = True
+            with self._stoppable(stop):
+                old = self._local
+                made, self._local = remade(old, before, self._catalog, self._replica.id, stop)
+                self._local.on_damage = old.on_damage
+            return made
+        finally:
+            if before.is_stopping and not self._stopping.is_set():
+                self._follower = before.on(self._local)
+                self._follower.start()
+            self._is_held = False
+            self._rebuilding.release()
+
+    def _checkpoint(self) -> int:
         self._checkpointed_at = time.monotonic()
         try:
             seq = self._local.checkpoint()
@@ -406,12 +472,16 @@ class Collection:
         return late or pending_rows >= rows or pending_bytes >= n_bytes
 
     def start(self) -> None:
-        """Begin to follow the log."""
+        """Begin to follow the log, and to index the tags that are there."""
         self._follower.start()
+        self._tags.start()
 
     def stop(self) -> None:
         """Ask all that is under way to end; `close` and `remove` wait for it."""
         self.stop_compacting()
+        for stop in list(self._running):
+            stop.set()
+        self._tags.stop()
         self._follower.stop()
 
     def close(self) -> None:
@@ -435,9 +505,22 @@ class Collection:
 
     def _end(self) -> None:
         self.stop()
-        self._follower.join()
+        self._tags.stop()
         with self._rebuilding:
-            pass
+            self._follower.stop()
+            self._follower.join()
+        self._tags.join()
+
+    @contextlib.contextmanager
+    def _stoppable(self, stop: threading.Event) -> Iterator[None]:
+        """Let `stop` be set when the collection is closed."""
+        self._running.append(stop)
+        try:
+            if self._stopping.is_set():
+                stop.set()
+            yield
+        finally:
+            self._running.remove(stop)
 
     def _check_writable(self, give_up: float) -> None:
         """Refuse what could not be applied here; the rest is for Redis to say."""
@@ -471,50 +554,3 @@ class Collection:
                 )
             with contextlib.suppress(DeadlineError):
                 self._local.wait_for(self._written - lag_items, min(left_s, _SETTLE_S))
-
-    def _pack(self, item: Record, field: str) -> Raw:
-        """Return an item's log record.
-
-        The log is applied by every replica for ever, so what does not fit must not get in.
-        """
-        item_id = _id_bytes(item.id, f"{field}.id")
-        if len(item.code) != self._code_bytes:
-            raise InvalidInputError(
-                f"A code of this collection has {self._code_bytes} bytes.",
-                field=f"{field}.embedding.code",
-            )
-        if len(item.feature) != self._feature_bytes:
-            raise InvalidInputError(
-                f"A feature of this collection has {self._feature_bytes} bytes.",
-                field=f"{field}.embedding.feature",
-            )
-        if len(item.payload) > MAX_PAYLOAD_BYTES:
-            raise InvalidInputError(
-                f"A payload has at most {MAX_PAYLOAD_BYTES} bytes.", field=f"{field}.payload"
-            )
-        unused_bits = self.spec.n_bits % 8
-        if unused_bits and item.code[-1] >> unused_bits:
-            raise InvalidInputError(
-                "The bits behind a code's end are zero.", field=f"{field}.embedding.code"
-            )
-        tags = [tag.encode() for tag in item.tags]
-        if len(tags) > MAX_TAGS or any(not 0 < len(tag) <= MAX_TAG_BYTES for tag in tags):
-            raise InvalidInputError(
-                f"An item has at most {MAX_TAGS} tags of 1 to {MAX_TAG_BYTES} bytes.",
-                field=f"{field}.tags",
-            )
-        if not 0 <= item.expires_ms < 1 << 63:
-            raise InvalidInputError("No such time.", field=f"{field}.expires_unix_ms")
-        extras = layout.pack_extras(item.payload, layout.pack_tags(item.tags), item.expires_ms)
-        return Raw(item_id, layout.pack_put(item_id, item.code, extras, item.feature))
-
-
-def _id_bytes(item_id: str, field: str) -> bytes:
-    """Return an id as it is stored."""
-    try:
-        encoded = item_id.encode()
-    except UnicodeEncodeError:
-        raise InvalidInputError("An id is Unicode text; this one is not.", field=field) from None
-    if not 0 < len(encoded) <= MAX_ID_BYTES:
-        raise InvalidInputError(f"An id has 1 to {MAX_ID_BYTES} bytes of UTF-8.", field=field)
-    return encoded

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from hashlens import codes
 from hashlens.errors import CancelledError
+from search_service.snapshot import Texts
 from search_service.storage import layout, manifest
 from search_service.storage.append_file import Mappings
 from search_service.storage.arrays import Arrays, Prefix
@@ -187,6 +188,7 @@ class _Copy:
         source.check(first)
         self._table = RowTable(arrays.rows)
         self._table.index(self._stored_ids())
+        self._index_tags(arrays.rows)
         self._table.lose(missing)
         self._sync()
         for _ in range(_MAX_ROUNDS):
@@ -280,6 +282,12 @@ class _Copy:
         )
         if self._table is not None:
             self._table.extend(ids, self._stored_ids())
+
+    def _index_tags(self, rows: int) -> None:
+        assert self._table is not None
+        tags = Texts(self._arrays.tag_bytes(), self._arrays.records()["tags_end"])
+        while not self._table.tags.extend(tags, rows):
+            self._pace.check()
 
     def _stored_ids(self) -> StoredIds:
         return StoredIds(self._arrays.id_bytes(), self._arrays.records())

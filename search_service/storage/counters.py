@@ -16,3 +16,7 @@ class Counters:
     """Features that did not match their checksums."""
     n_rows_scrubbed: int = 0
     """Features that the scrubber has read."""
+    n_copied: int = 0
+    """Collections whose files were copied from another replica."""
+    n_rebuilt: int = 0
+    """Collections whose files were made anew from Redis."""

@@ -9,14 +9,13 @@ import contextlib
 import os
 import threading
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hashlens.errors import CancelledError, HashlensError
+from hashlens.errors import CancelledError, DataLossError, HashlensError
 from hashlens.types import CollectionSpec
 from search_service.storage import layout, manifest
 from search_service.storage.differences import Differences
@@ -56,7 +55,7 @@ def check_rows(
     frozen: Frozen, spec: CollectionSpec, differences: Differences, stop: threading.Event
 ) -> None:
     """Check that records, ids, codes, tombstones and the index of ids hold together."""
-    n = len(frozen.records)
+    n, whole = len(frozen.records), True
     spare_bits = spec.n_bits % 64
     before = np.zeros(1, dtype=layout.ROW)
     for lo in range(0, n, _ROWS_AT_ONCE):
@@ -72,17 +71,20 @@ def check_rows(
         try:
             joined, lengths = frozen.ids_of(rows)
             joined.decode()
-            ids = [item_id.decode() for item_id in cut(joined, lengths)]
+            if not lengths.all():
+                raise DataLossError("an id is empty")
+            begins = np.frombuffer(joined, dtype=np.uint8)[np.cumsum(lengths) - lengths]
+            if ((begins & 0xC0) == 0x80).any():
+                raise DataLossError("an id ends inside a letter")
             frozen.payloads_of(rows)
             frozen.tags_of(rows)
         except (HashlensError, UnicodeDecodeError) as error:
+            whole = False
             differences.add(f"rows {lo} to {rows[-1]}: {error}")
-            continue
-        # By the index an id leads to its last row, which is this one unless this one is dead.
-        found = frozen.table.last_rows(ids, StoredIds(frozen.ids, frozen.records), n)
-        for row, at, item_id in zip(rows.tolist(), found, ids, strict=True):
-            if at is None or at < row or (at > row and not frozen.table.is_dead(row)):
-                differences.about(item_id.encode(), f"the index does not lead to its row {row}")
+    if whole:
+        misled = frozen.table.misled(StoredIds(frozen.ids, frozen.records))
+        for row in misled.tolist():
+            differences.add(f"row {row}: its id does not lead there")
     _check_deaths(frozen, differences)
 
 
@@ -117,14 +119,6 @@ def check_features(
                 _check_some_features(frozen, rows, data, width, dead, differences)
         finally:
             os.close(descriptor)
-
-
-def cut(joined: bytes, lengths: NDArray[np.int64]) -> Iterator[bytes]:
-    """Return the slices that were joined."""
-    at = 0
-    for length in lengths.tolist():
-        yield joined[at : at + length]
-        at += length
 
 
 def _check_some_features(

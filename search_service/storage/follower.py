@@ -75,9 +75,11 @@ class Follower:
         on_change: Callable[[], None],
     ) -> None:
         self._local = local
-        self._url = url
+        self.url = url
+        """Where Redis is."""
         self._replica_id = replica_id
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
+        """The longest wait for a reply of Redis."""
         self._on_change = on_change
         self._feature_bytes = layout.feature_bytes(local.spec)
         self.mean_bytes = float(layout.record_bytes(local.spec))
@@ -93,6 +95,18 @@ class Follower:
         self._thread = threading.Thread(
             target=self._run, name=f"follow-{local.spec.name}", daemon=True
         )
+
+    def on(self, local: LocalCollection) -> Follower:
+        """Return another follower like this one, not started, for other files."""
+        another = Follower(
+            local,
+            self.url,
+            self._replica_id,
+            timeout_s=self.timeout_s,
+            on_change=self._on_change,
+        )
+        another.saw(self.known_seq)
+        return another
 
     @property
     def trouble(self) -> HashlensError | None:
@@ -128,6 +142,11 @@ class Follower:
     def is_foreign(self) -> bool:
         """Whether Redis has another collection of the name, or none."""
         return isinstance(self._trouble, PreconditionError | NotFoundError) and not self.is_lost
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether it was asked to end."""
+        return self._stopping.is_set()
 
     def start(self) -> None:
         """Begin."""
@@ -176,7 +195,7 @@ class Follower:
 
     def _connect(self) -> LogReader:
         self._reader = LogReader(
-            self._url, self._local.spec.name, timeout_s=self._timeout_s, block_s=BLOCK_S
+            self.url, self._local.spec.name, timeout_s=self.timeout_s, block_s=BLOCK_S
         )
         return self._reader
 

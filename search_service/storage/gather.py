@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,3 +25,11 @@ def gathered(
     ends = np.cumsum(lengths)
     places = np.arange(int(ends[-1])) + np.repeat(starts - (ends - lengths), lengths)
     return bytes(data[places].data)
+
+
+def cut(joined: bytes, lengths: NDArray[np.int64]) -> Iterator[bytes]:
+    """Return the slices that were joined."""
+    at = 0
+    for length in lengths.tolist():
+        yield joined[at : at + length]
+        at += length

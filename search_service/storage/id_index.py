@@ -136,6 +136,24 @@ class IdIndex:
                         break
         return found
 
+    def misled(self, stored: StoredIds) -> NDArray[np.int64]:
+        """Return the rows to which their ids do not lead; only after `build`.
+
+        Takes 13 bytes for each row.
+        """
+        state = self._state
+        rows = min(state.rows, len(stored.records))
+        hashes = self._stored_hashes(stored, 0, rows)
+        known = state.by_hash[state.by_hash < rows]
+        leads = np.zeros(rows, dtype=np.bool_)
+        in_order = np.flatnonzero(state.hashes[1:] < state.hashes[:-1]).size == 0
+        if in_order:
+            leads[known[hashes[known] == state.hashes[state.by_hash < rows]]] = True
+        wrong = [np.flatnonzero(~leads)]
+        recent = [(i, row) for i, row in list(state.latest.items()) if row < len(stored.records)]
+        off = [row for item_id, row in recent if not stored.is_at(row, item_id.encode())]
+        return np.concatenate([*wrong, np.array(off, dtype=np.int64)])
+
     def _merged(self, stored: StoredIds, rows: int) -> _State:
         """Return a state whose arrays have all of the first `rows`."""
         state = self._state

@@ -142,6 +142,11 @@ def pack_delete(item_id: bytes) -> bytes:
     return _RECORD.pack(DELETE, len(item_id), 0, 0) + item_id
 
 
+def pack_expire(item_id: bytes, seq: int) -> bytes:
+    """Return what removes an item unless it was written again since `seq`."""
+    return seq.to_bytes(8, "little") + pack_delete(item_id)
+
+
 def pack_mark(filling_bytes: int) -> bytes:
     """Return the log record of a mark."""
     return _RECORD.pack(MARK, 0, 0, filling_bytes) + bytes(filling_bytes)

@@ -199,6 +199,11 @@ class LocalCollection:
         """Rows and bytes applied since the last checkpoint began."""
         return self._rows_since_checkpoint, self._bytes_since_checkpoint
 
+    @property
+    def segment_bytes(self) -> int:
+        """How long a full file of features is; for codes only, how many rows it would have."""
+        return self._arrays.rows_per_segment * max(layout.feature_bytes(self.spec), 1)
+
     def frozen(self) -> Frozen:
         """Return everything in the files at this moment, for who compares it."""
         with self._lock:
@@ -522,6 +527,7 @@ class LocalCollection:
 
     def _publish(self) -> None:
         snapshot = self._build()
+        snapshot.ids.index_tags()  # A little at a time: what has just come, as a rule.
         with self._published:
             self._snapshot = snapshot
             self._published.notify_all()

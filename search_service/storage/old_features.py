@@ -12,6 +12,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from hashlens import codes
 from hashlens.errors import DataLossError, PreconditionError
 from hashlens.types import FeatureDtype
 from search_service.storage import layout, manifest
@@ -26,7 +27,8 @@ class OldFeatures:
     """Finds features by id and sequence number in a directory of files.
 
     The files are read, never mapped, and taken for what they are: a feature counts if a row has the
-    id, the sequence number and the feature's CRC-32. They may be appended to meanwhile.
+    id, the sequence number and the code that are asked for, and the feature's CRC-32. They may be
+    appended to meanwhile.
 
     Parameters
     ----------
@@ -39,6 +41,7 @@ class OldFeatures:
     def __init__(self, directory: Path, meta: Meta) -> None:
         self._row_bytes = layout.feature_bytes(meta.spec)
         self._open: list[int] = []
+        self._words: list[int] = []
         self._segments: list[int] = []
         self._rows_per_segment = 1
         self._seqs: NDArray[np.uint64] = np.zeros(0, dtype=np.uint64)
@@ -50,8 +53,11 @@ class OldFeatures:
             self.close()
             raise
 
-    def read(self, seq: int, item_id: bytes) -> tuple[bytes, int] | None:
-        """Return a feature and its CRC-32, or None if it is not there or not whole."""
+    def read(self, seq: int, item_id: bytes, code: bytes) -> tuple[bytes, int] | None:
+        """Return a feature and its CRC-32, or None if it is not there or not whole.
+
+        `code` is padded to whole 64-bit words.
+        """
         at = int(np.searchsorted(self._seqs, np.uint64(seq)))
         if at >= len(self._seqs) or int(self._seqs[at]) != seq:
             return None
@@ -66,6 +72,8 @@ class OldFeatures:
             if records[-1]["flags"] & layout.NO_FEATURE or n_bytes != len(item_id):
                 return None
             if os.pread(self._ids_fd, n_bytes, start) != item_id:
+                return None
+            if b"".join([os.pread(word, 8, 8 * row) for word in self._words]) != code:
                 return None
             segment, position = divmod(row, self._rows_per_segment)
             if segment >= len(self._segments):
@@ -93,6 +101,10 @@ class OldFeatures:
         generation, self._rows_per_segment = _shape(directory, names, self._row_bytes, dtype)
         self._rows_fd = self._descriptor(directory / layout.rows_file(generation))
         self._ids_fd = self._descriptor(directory / layout.ids_file(generation))
+        self._words = [
+            self._descriptor(directory / layout.words_file(generation, word))
+            for word in range(codes.n_words(meta.spec.n_bits))
+        ]
         while (name := layout.features_file(generation, len(self._segments), dtype)) in names:
             self._segments.append(self._descriptor(directory / name))
         self._seqs = self._read_seqs()

@@ -17,6 +17,7 @@ import tempfile
 import threading
 import uuid
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -65,6 +66,7 @@ def rebuild(
     old: Path | None = None,
     generation: int = 0,
     stop: threading.Event | None = None,
+    settle: Callable[[], int] | None = None,
 ) -> Rebuilt:
     """Make a directory of a collection's files from what Redis holds.
 
@@ -93,6 +95,9 @@ def rebuild(
         Of the new files; see `install`.
     stop
         Set it to end this early.
+    settle
+        Called when almost all is done; returns a version that the new files must have, so that
+        whoever searches the old ones does not go back in time.
 
     Raises
     ------
@@ -149,6 +154,9 @@ def rebuild(
             local = LocalCollection.over(draft, loaded, arrays)
             _replay(log, meta, local, stop)
             local.checkpoint()
+            if settle is not None:
+                _replay(log, meta, local, stop, settle())
+                local.checkpoint()
             return Rebuilt(draft, local.seq, arrays.rows, local.n_missing_features)
     except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)
@@ -216,11 +224,16 @@ def _begin(log: LogReader, meta: Meta, replica_id: str) -> _Start:
     raise UnavailableError("The log is trimmed faster than it can be read. Try again.")
 
 
-def _replay(log: LogReader, meta: Meta, local: LocalCollection, stop: threading.Event) -> None:
-    """Apply what was written since the start, up to now."""
+def _replay(
+    log: LogReader,
+    meta: Meta,
+    local: LocalCollection,
+    stop: threading.Event,
+    until: int | None = None,
+) -> None:
+    """Apply what was written since the start, up to a version, or up to now."""
     feature_bytes = layout.feature_bytes(meta.spec)
     mean_bytes = float(layout.record_bytes(meta.spec))
-    until: int | None = None
     while until is None or local.seq < until:
         if stop.is_set():
             raise CancelledError("The rebuild was stopped.")

@@ -27,6 +27,7 @@ from search_service.storage import manifest, rebuild
 from search_service.storage.catalog import Catalog
 from search_service.storage.collection import Collection
 from search_service.storage.copying import Copy
+from search_service.storage.counters import Counters
 from search_service.storage.data_dir import discard
 from search_service.storage.failpoints import reach
 from search_service.storage.keys import Meta, foreign
@@ -82,6 +83,8 @@ class Resyncer:
         What Redis says.
     peers
         How to reach other replicas; None if there is no way.
+    counters
+        Told what was brought back, and how.
     lost
         Returns the collections that need other files.
     replace
@@ -95,6 +98,7 @@ class Resyncer:
         replica: Identity,
         catalog: Catalog,
         peers: Peers | None,
+        counters: Counters,
         *,
         lost: Callable[[], list[Collection]],
         replace: Callable[[Collection, Callable[[], None]], None],
@@ -103,6 +107,7 @@ class Resyncer:
         self._replica = replica
         self._catalog = catalog
         self._peers = peers
+        self._counters = counters
         self._lost = lost
         self._replace = replace
         self._closing = threading.Event()
@@ -167,7 +172,8 @@ class Resyncer:
         try:
             self._resync(collection)
         except CancelledError:
-            if self._stop.is_set() and not self._closing.is_set():
+            is_over = self._stop.is_set() or not collection.needs_files
+            if is_over and not self._closing.is_set():
                 shutil.rmtree(self._config.draft(name), ignore_errors=True)
         except Exception as error:
             # Whatever it is, reading goes on and the thread lives to try again.
@@ -197,6 +203,7 @@ class Resyncer:
             return
         if self._peers is not None and self._copied(collection, meta, self._peers):
             self._replace(collection, lambda: self._put_copy(collection))
+            self._counters.n_copied += 1
             logger.info("%s is copied", name)
             return
         self._rebuild(collection, meta)
@@ -323,6 +330,7 @@ class Resyncer:
         finally:
             shutil.rmtree(made.directory, ignore_errors=True)
         shutil.rmtree(self._config.draft(name), ignore_errors=True)
+        self._counters.n_rebuilt += 1
         logger.info("%s is made anew; %d features are missing", name, made.n_missing_features)
 
     def _newest_quarantined(self, name: str) -> Path | None:

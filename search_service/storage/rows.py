@@ -12,11 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hashlens.errors import DataLossError
-from search_service.snapshot import Texts, read_only
+from hashlens.types import TagFilter
+from search_service.snapshot import Snapshot, Texts, read_only
 from search_service.storage import layout
 from search_service.storage.arrays import Arrays
+from search_service.storage.due import DueRows
 from search_service.storage.id_index import IdIndex, StoredIds
 from search_service.storage.layout import LogRecord
+from search_service.storage.tag_index import TagIndex
 
 _CHECK_BYTES: Final = 1 << 20
 
@@ -40,6 +43,10 @@ class RowTable:
         self.n_dead = 0
         self._rows_at_start = rows
         self._ids = IdIndex()
+        self.tags = TagIndex()
+        """Which rows have each tag."""
+        self.due = DueRows()
+        """Which rows have expired; for one thread."""
         self._dead: NDArray[np.uint8] = np.zeros(0, dtype=np.uint8)
         """1 where a row is dead; longer than the rows, so that appending needs no copy."""
         self._missing: NDArray[np.uint8] = np.zeros(0, dtype=np.uint8)
@@ -58,6 +65,11 @@ class RowTable:
         """Return for each id its row, or None if it has none that is alive."""
         found = self.last_rows(ids, stored, self.rows)
         return [None if row is None or self.is_dead(row) else row for row in found]
+
+    def misled(self, stored: StoredIds) -> NDArray[np.int64]:
+        """Return the rows that are not found by their ids: int64, none if all is well."""
+        self.index(stored)
+        return self._ids.misled(stored)
 
     def is_dead(self, row: int) -> bool:
         """Tell whether a row was deleted or replaced."""
@@ -186,6 +198,24 @@ class RowsAt:
         """Return when rows expire, in ms since 1970 or 0 for never; int64, shape ``[n]``."""
         expiries: list[int] = self.ids.records["expires_ms"][rows].tolist()
         return expiries
+
+    def index_tags(self) -> bool:
+        """Do some milliseconds of work for `passing`; tell whether it can be asked."""
+        return self.table.tags.extend(self.tag_texts(), self.rows)
+
+    def passing(self, wanted: TagFilter) -> NDArray[np.int64]:
+        """Return the rows whose tags pass, dead ones too: int64, ascending; see `index_tags`."""
+        return self.table.tags.passing(wanted, self.rows)
+
+    def due(self, now_ms: int) -> NDArray[np.int64]:
+        """Return the rows that are alive and have expired: int64; for one thread at a time."""
+        return self.table.due.find(self.ids.records, self.dead, now_ms)
+
+
+def rows_of(snapshot: Snapshot) -> RowsAt:
+    """Return what a snapshot of the store's knows of its rows beside what is searched."""
+    assert isinstance(snapshot.ids, RowsAt), "another's snapshot"
+    return snapshot.ids
 
 
 def _slices(texts: Texts, rows: NDArray[np.int64]) -> list[bytes]:

@@ -124,6 +124,50 @@ end
 )
 """Removes items; as `PUT`. Ids that are not there leave no trace."""
 
+EXPIRE: Final = (
+    _FREEING_GUARD
+    + """
+if meta[2] ~= 'active' then return {'dropping'} end
+if tonumber(meta[3]) < tonumber(ARGV[3]) then return {'behind', meta[3]} end
+local sub, unpack = string.sub, struct.unpack
+local clock = call('TIME')
+local now_ms = tonumber(clock[1]) * 1000 + tonumber(clock[2]) / 1000
+local seq, n_items, count = tonumber(meta[3]), tonumber(meta[4]), 0
+local body = ARGV[2]
+local at, size = 1, #body
+while at <= size do
+  local bucket = unpack('<I4', body, at)
+  local written = sub(body, at + 4, at + 11)
+  local record = at + 12
+  local op, id_bytes = unpack('<BI2', body, record)
+  local id_at = record + 11
+  at = id_at + id_bytes
+  local id = sub(body, id_at, at - 1)
+  local value = call('HGET', KEYS[3 + 2 * bucket], id)
+  local extras = call('HGET', KEYS[4 + 2 * bucket], id)
+  if value and extras and sub(value, 1, 8) == written then
+    local expires_ms = unpack('<I8', extras)
+    if expires_ms > 0 and expires_ms <= now_ms then
+      seq, count, n_items = seq + 1, count + 1, n_items - 1
+      call('HDEL', KEYS[3 + 2 * bucket], id)
+      call('HDEL', KEYS[4 + 2 * bucket], id)
+      call('XADD', KEYS[2], string.format('%.0f-1', seq), 'r', sub(body, record, at - 1))
+    end
+  end
+end
+if count > 0 then
+  local last, left = string.format('%.0f', seq), string.format('%.0f', n_items)
+  call('HSET', KEYS[1], 'seq', last, 'n_items', left)
+end
+return {'ok', string.format('%.0f', seq), count}
+"""
+)
+"""Removes items that have expired by the server's own clock, and have not been written again. KEYS
+meta, log, then the bucket and the payload bucket of each ordinal; ARGV epoch, body, a seq that
+Redis is known to have had. The body is, for each item, the ordinal of its bucket (u32), the number
+of its write (u64), the log record that removes it. Whoever asks again, or late, finds nothing to
+do. Returns status, seq, count; a Redis that went back behind the known seq removes nothing."""
+
 REGISTER: Final = (
     _FREEING_GUARD
     + _CLOCK

@@ -8,14 +8,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 from hashlens.errors import (
     AlreadyExistsError,
     CancelledError,
-    DataLossError,
     DeadlineError,
     HashlensError,
     InvalidInputError,
@@ -36,66 +33,18 @@ from search_service.storage.follower import Follower
 from search_service.storage.keys import Meta, foreign
 from search_service.storage.leases import Lease, Leases
 from search_service.storage.local import LocalCollection
+from search_service.storage.opening import opened
 from search_service.storage.peers import Peers
 from search_service.storage.receipts import erase
-from search_service.storage.replicas import FORGET_S, SILENCE_S, Identity, LogLimits
+from search_service.storage.replicas import Identity, LogLimits
 from search_service.storage.resync import ResyncConfig, Resyncer
+from search_service.storage.routines import Routines
+from search_service.storage.store_config import StoreConfig
 
 logger = logging.getLogger(__name__)
 
-_CHECKPOINT_POLL_S = 0.5
 _LOOKUP_S = 2.0
 _ASIDE_S = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class StoreConfig:
-    """What a `Store` needs to know."""
-
-    data_dir: Path
-    """Where this replica's files are; made if it is not there. One process at a time."""
-    redis_url: str | None = None
-    """``redis://``, ``rediss://`` or ``unix://``; Redis 7.0 or newer, or Valkey. None: a server of
-    the store's own, whose data are in `data_dir`, too."""
-    checkpoint_interval_s: float = 30.0
-    """A write is safe in the local files after at most about this long, in seconds."""
-    checkpoint_rows: int = 500_000
-    """A checkpoint comes earlier after so many writes."""
-    checkpoint_bytes: int = 256 << 20
-    """A checkpoint comes earlier after so many bytes of the log: Redis holds them in memory."""
-    log_budget_bytes: int = 1 << 30
-    """How much of the log Redis keeps for slower replicas, in bytes. One that is further behind
-    loses its place."""
-    segment_bytes: int = 256 << 20
-    """About how long a file of features gets, in bytes."""
-    redis_timeout_s: float = 5.0
-    """The longest wait for one reply of Redis, in seconds."""
-    address: str = ""
-    """host:port where other replicas reach this one; empty if they cannot."""
-    hello_interval_s: float = 5.0
-    """How often to tell the other replicas that this one is alive, in seconds."""
-    replica_silence_s: float = SILENCE_S
-    """The log is not kept for a replica that was silent for longer, in seconds."""
-    replica_forget_s: float = FORGET_S
-    """A replica that was silent for longer is forgotten, in seconds."""
-    resync_patience_s: float = 60.0
-    """How long to try peers that do not serve before files are made anew from Redis, which may not
-    have all features, in seconds."""
-    lease_s: float = 300.0
-    """Files that another replica copies are kept for so long after it last read, in seconds."""
-    discovery_interval_s: float = 2.0
-    """How often to look for collections that other processes made or dropped, in seconds."""
-    compaction_share: float = 0.3
-    """Compact a collection when this share of its rows is dead; 0: only when asked."""
-    compaction_min_rows: int = 100_000
-    """And at least so many are."""
-    compaction_mb_per_s: float = 64.0
-    """How fast compaction copies at most, in millions of bytes per second; 0: no limit."""
-    scrub_mb_per_s: float = 16.0
-    """How fast all files are read and compared with their checksums in the background, in millions
-    of bytes per second; 0: never."""
-    scrub_interval_s: float = 86_400.0
-    """How long after one such reading the next begins, in seconds."""
 
 
 class Store:
@@ -122,6 +71,7 @@ class Store:
         self._foreign_epochs: set[str] = set()
         self._closing = threading.Event()
         self._look = threading.Event()
+        self._counters = Counters()
         self._compactor = Compactor(
             self._catalog.eraser,
             lambda: list(self._collections.values()),
@@ -132,8 +82,6 @@ class Store:
                 poll_s=config.discovery_interval_s,
             ),
         )
-        self._greet = threading.Event()
-        self._counters = Counters()
         self._caretaker = Caretaker(
             self._counters,
             lambda: list(self._collections.values()),
@@ -141,12 +89,14 @@ class Store:
             bytes_per_s=config.scrub_mb_per_s * 1e6,
             interval_s=config.scrub_interval_s,
         )
-        self._threads = [
-            threading.Thread(target=self._discover, name="discover", daemon=True),
-            threading.Thread(target=self._checkpoint, name="checkpoint", daemon=True),
-            threading.Thread(target=self._hello, name="hello", daemon=True),
-        ]
+        self._discovery = threading.Thread(target=self._discover, name="discover", daemon=True)
         self._leases = Leases(self._directory, config.lease_s)
+        self._routines = Routines(
+            config,
+            lambda: list(self._collections.values()),
+            self._leases,
+            self._counters,
+        )
         self._resyncer = Resyncer(
             ResyncConfig(
                 data_dir=config.data_dir,
@@ -159,6 +109,7 @@ class Store:
             self._replica,
             self._catalog,
             peers,
+            self._counters,
             lost=lambda: [c for c in list(self._collections.values()) if c.needs_files],
             replace=self._replace,
         )
@@ -197,8 +148,8 @@ class Store:
             store = cls(config, url, peers)
             resources.callback(store._end)
             store._load()
-            for thread in store._threads:
-                thread.start()
+            store._discovery.start()
+            store._routines.start()
             store._compactor.start()
             store._resyncer.start()
             store._caretaker.start()
@@ -390,12 +341,11 @@ class Store:
         self._closing.set()
         self._look.set()
         self._compactor.close()
-        self._greet.set()
         self._resyncer.close()
         self._caretaker.close()
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join()
+        self._routines.close()
+        if self._discovery.ident is not None:
+            self._discovery.join()
         with self._admin:
             for collection in self._collections.values():
                 collection.stop()
@@ -407,30 +357,8 @@ class Store:
 
     def _load(self) -> None:
         """Open all collections in the directory."""
-        self._directory.mkdir(exist_ok=True)
-        data_dir.clean(self._directory)
-        for directory in sorted(self._directory.glob("[!.]*")):
-            if not layout.is_safe_name(directory.name):
-                logger.warning("%s is not of this service: left alone", directory)
-                continue
-            try:
-                if directory.is_symlink() or not directory.is_dir():
-                    raise DataLossError(f"{directory} is not a directory")
-                local = LocalCollection.load(directory)
-            except OSError as error:
-                # It may be whole: too many open files are no reason to put it away.
-                logger.error("%s cannot be opened (%s) and is not served", directory, error)
-                continue
-            except DataLossError as error:
-                try:
-                    aside = data_dir.quarantine(directory, self._config.data_dir / "quarantine")
-                except OSError as broken:
-                    # Without it the others are served; with it nobody would be.
-                    logger.error("%s; it cannot be put aside (%s) and is not served", error, broken)
-                    continue
-                self._counters.n_quarantined += 1
-                logger.error("%s; the files are in %s now", error, aside)
-                continue
+        quarantine = self._config.data_dir / "quarantine"
+        for local in opened(self._directory, quarantine, self._counters):
             self._serve(local)
 
     def _serve(self, local: LocalCollection) -> Collection:
@@ -487,12 +415,13 @@ class Store:
         Raises
         ------
         CancelledError
-            The collection was dropped, or the store is closing.
+            The collection was dropped or repaired meanwhile, or the store is closing.
         """
         name = collection.spec.name
         with self._admin:
-            if self._closing.is_set() or self._collections.get(name) is not collection:
-                raise CancelledError(f"{name} is not there any more.")
+            gone = self._closing.is_set() or self._collections.get(name) is not collection
+            if gone or not collection.needs_files:
+                raise CancelledError(f"{name} needs no other files any more.")
             collection.close()
             place()
             collection.succeeded_by(self._serve(LocalCollection.load(self._directory / name)))
@@ -500,7 +429,7 @@ class Store:
     def _changed(self) -> None:
         """Look at once for what a follower has noticed."""
         self._look.set()
-        self._greet.set()
+        self._routines.greet()
         self._resyncer.wake()
 
     def _put_aside(self, collection: Collection, trouble: str) -> None:
@@ -592,38 +521,6 @@ class Store:
                 trouble = str(error)
             self._look.wait(self._config.discovery_interval_s)
             self._look.clear()
-
-    def _hello(self) -> None:
-        """Thread: tell the others that this replica is alive; end what nobody copies any more."""
-        config = self._config
-        interval_s = min(config.hello_interval_s, config.replica_silence_s / 3)
-        while not self._closing.is_set():
-            for collection in list(self._collections.values()):
-                try:
-                    collection.hello(self._config.redis_timeout_s)
-                except UnavailableError:
-                    break  # Whoever follows the log says so.
-                except HashlensError as error:
-                    logger.debug("no hello for %s: %s", collection.spec.name, error)
-            self._leases.expire()
-            self._greet.wait(interval_s)
-            self._greet.clear()
-
-    def _checkpoint(self) -> None:
-        """Thread: make checkpoints as they fall due."""
-        config = self._config
-        while not self._closing.wait(_CHECKPOINT_POLL_S):
-            for collection in list(self._collections.values()):
-                if collection.checkpoint_is_due(
-                    interval_s=config.checkpoint_interval_s,
-                    rows=config.checkpoint_rows,
-                    n_bytes=config.checkpoint_bytes,
-                ):
-                    try:
-                        collection.checkpoint()
-                    except (HashlensError, OSError) as error:
-                        self._counters.n_failed_checkpoints += 1
-                        logger.error("no checkpoint of %s: %s", collection.spec.name, error)
 
     @contextlib.contextmanager
     def _administering(self, deadline_s: float) -> Iterator[None]:

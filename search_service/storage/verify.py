@@ -23,9 +23,9 @@ from hashlens.types import CollectionSpec
 from search_service.storage.buckets import ID_END, Batch, BucketReader
 from search_service.storage.differences import Differences
 from search_service.storage.digest import digest_of
-from search_service.storage.file_checks import check_features, check_files, check_rows, cut
+from search_service.storage.file_checks import check_features, check_files, check_rows
 from search_service.storage.frozen import Frozen
-from search_service.storage.gather import gathered
+from search_service.storage.gather import cut, gathered
 from search_service.storage.local import LocalCollection
 
 _LOOKS_AT_ONCE: Final = 64
@@ -47,7 +47,9 @@ class Verified:
     """See `digest.digest_of`."""
 
 
-def verify(local: LocalCollection, buckets: BucketReader, stop: threading.Event) -> Verified:
+def verify(
+    local: LocalCollection, buckets: BucketReader, stop: threading.Event, *, lost: str = ""
+) -> Verified:
     """Compare a replica's files with Redis, and with their checksums.
 
     Parameters
@@ -58,6 +60,8 @@ def verify(local: LocalCollection, buckets: BucketReader, stop: threading.Event)
         Reads the same collection from Redis.
     stop
         Set it to end this early.
+    lost
+        Why the log cannot be followed from what the files hold; then items are not compared.
 
     Raises
     ------
@@ -77,6 +81,9 @@ def verify(local: LocalCollection, buckets: BucketReader, stop: threading.Event)
     frozen = local.frozen()
     check_rows(frozen, local.spec, differences, stop)
     check_features(local.directory, frozen, local.spec, differences, stop)
+    if lost:
+        differences.add(lost)
+        return _uncompared(frozen, buckets, differences)
     comparison = _Comparison(local, buckets, differences, stop)
     try:
         for batch in buckets.batches(stop):
@@ -85,8 +92,18 @@ def verify(local: LocalCollection, buckets: BucketReader, stop: threading.Event)
     except _TornError as error:
         # Then nothing that the rows say can be compared.
         differences.add(str(error))
-        now = local.frozen()
-        return Verified(now.seq, buckets.look([]).n_items, 0, differences.lines, differences.n, b"")
+        return _uncompared(frozen, buckets, differences)
+
+
+def _uncompared(frozen: Frozen, buckets: BucketReader, differences: Differences) -> Verified:
+    return Verified(
+        frozen.seq,
+        buckets.look([]).n_items,
+        len(frozen.records) - len(frozen.deaths),
+        differences.lines,
+        differences.n,
+        b"",
+    )
 
 
 class _TornError(Exception):

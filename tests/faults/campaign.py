@@ -63,13 +63,15 @@ class Crash:
             "failpoints": f"{self.kind}=kill@{self.nth}",
             "churn": group in ("create", "drop"),
             "compact": group == "compact",
+            "rebuild": group == "rebuild",
         }
 
 
 LOCAL = sorted(
     name
     for name in failpoints.NAMES
-    if name.partition(".")[0] in ("append", "checkpoint", "seal", "create", "drop", "compact")
+    if name.partition(".")[0]
+    in ("append", "checkpoint", "seal", "create", "drop", "compact", "rebuild")
 )
 """Places that a writer alone comes by."""
 

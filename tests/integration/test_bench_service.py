@@ -34,9 +34,14 @@ def test_ingest(tmp_path: Path) -> None:
 
 
 def test_restart(tmp_path: Path) -> None:
-    found = run("restart", "--rows", "900,300", "--repeats", "1", "--data", str(tmp_path))
-    assert [line["rows"] for line in found["results"]] == [300, 900]
-    for line in found["results"]:
+    rows = ["--rows", "900,300", "--expected-rows", "400"]
+    found = run("restart", *rows, "--rebuild", "--repeats", "1", "--data", str(tmp_path))
+    assert [line["rows"] for line in found["results"]] == [300, 300, 900, 900]
+    for line in found["results"][1::2]:
+        assert line["ids_per_s"] > 0
+        assert line["redis_bytes_per_id"] > 20
+        assert line["n_buckets"] == 4
+    for line in found["results"][::2]:
         stages = [line[f"{name}_ms"] for name in ("imports", "executor", "kernels")]
         assert all(ms > 0 for ms in stages)
         assert sum(stages) + line["server_ms"] + line["files_ms"] == pytest.approx(line["ours_ms"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -223,3 +224,43 @@ def test_health(hashlens: Hashlens, encoder: ServiceProcess) -> None:
 def test_an_empty_folder(hashlens: Hashlens, collection: str, tmp_path: Path) -> None:
     summary = summary_of(hashlens("index", tmp_path, "-c", collection, "--prune", "--json"))
     assert (summary["found"], summary["items"], summary["pruned"]) == (0, 0, 0)
+
+
+def test_tags_and_a_time_to_live(
+    hashlens: Hashlens, client: Client, collection: str, pictures: Path, images: list[bytes]
+) -> None:
+    index = ("index", pictures, "-c", collection, "--json")
+    assert summary_of(hashlens(*index, "--tag", "b", "--tag", "a", "--tag", "b"))["indexed"] == 30
+    ids = [str(path) for path in sorted(pictures.rglob("*.*"))]
+    assert {item.tags for item in client.get_items(collection, ids)} == {("a", "b")}
+    # Without labels those that are there stay; with the same nothing is to do.
+    assert summary_of(hashlens(*index))["unchanged"] == 30
+    assert summary_of(hashlens(*index, "--tag", "a", "--tag", "b"))["unchanged"] == 30
+
+    (pictures / "album 0" / "000.png").write_bytes(images[52])
+    assert summary_of(hashlens(*index))["indexed"] == 1
+    album = ("index", pictures / "album 1", "-c", collection, "--json")
+    before_ms = time.time() * 1000
+    assert summary_of(hashlens(*album, "--tag", "c", "--ttl-s", "3600"))["indexed"] == 10
+    stored = client.get_items(collection, ids)
+    late = [item for item in stored if item.expires_unix_ms]
+    assert {item.tags for item in late} == {("c",)}
+    assert len(late) == 10
+    (expires_ms,) = {item.expires_unix_ms for item in late}
+    assert before_ms + 3_599_000 < expires_ms < before_ms + 3_700_000
+    assert {item.tags for item in stored if not item.expires_unix_ms} == {("a", "b")}
+
+    search = ("search", ids[0], "-c", collection, "-k", "100", "--json")
+
+    def found(*arguments: str) -> int:
+        return len(summary_of(hashlens(*search, *arguments))["hits"])
+
+    assert found() == 30
+    assert found("--tag-any", "c", "--tag-any", "b") == 30
+    assert found("--tag-all", "a", "--tag-all", "b") == 20
+    assert found("--tag-none", "a") == 10
+    assert found("--tag-any", "a", "--tag-none", "b") == 0
+    refused = hashlens(*search, "--tag-any", "", status=1)
+    assert "--tag-any[0]" in refused.output
+    hashlens(*index, "--tag", "line\nbreak", status=1)
+    hashlens(*index, "--ttl-s", "0", status=2)

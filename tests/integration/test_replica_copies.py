@@ -112,6 +112,7 @@ def test_a_newcomer_copies_and_then_follows(config_for: ConfigFor) -> None:
             assert_holds(a.get("c"), model)
             assert_holds(b.get("c"), model)
             assert copied.info().n_missing_features == 0
+            assert (b.counters.n_copied, b.counters.n_rebuilt) == (1, 0)
             infos = {info.id: info for info in a.replicas("c")}
             assert len(infos) == 2
             assert all(info.live and info.address for info in infos.values())
@@ -169,6 +170,7 @@ def test_without_a_peer_the_files_are_made_anew_from_redis(config_for: ConfigFor
         wait_until(lambda: b.get("c").info().writable, "the replica follows", WITHIN_S)
         info = b.get("c").info()
         assert (info.version, info.n_items) == (model.version, len(model.items))
+        assert (b.counters.n_copied, b.counters.n_rebuilt) == (0, 1)
         # Nobody has their features any more.
         assert info.n_missing_features == len(model.items)
 

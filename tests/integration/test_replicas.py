@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -199,9 +202,11 @@ def test_one_that_was_killed_catches_up(cluster: Cluster) -> None:
     assert_agree(cluster, version)
 
 
-def test_one_that_was_silent_for_too_long_copies_and_so_does_a_newcomer(cluster: Cluster) -> None:
+def test_one_that_hung_for_too_long_copies_and_so_does_a_newcomer(cluster: Cluster) -> None:
     silent = cluster.id_of(2)
-    cluster.end(2)
+    before = cluster.clients[2].collection("c").version
+    hung = cluster.processes[2].process.pid
+    os.kill(hung, signal.SIGSTOP)
     version = 0
 
     def dropped() -> bool:
@@ -219,16 +224,22 @@ def test_one_that_was_silent_for_too_long_copies_and_so_does_a_newcomer(cluster:
         return found[cluster.id_of(0)].checkpoint_version >= version - 5
 
     wait_until(trimmed, within_s=WITHIN_S, what="the others have checkpoints")
+    os.kill(hung, signal.SIGCONT)
+    # It answers with what it has until it has the rest.
+    asked = replace(options(before), k=1)
+    assert cluster.clients[2].search("c", embedding=QUERIES[0], options=asked).hits
+    cluster.start(3)
     for number in (2, 3):
-        client = cluster.start(number)
+        log = cluster.folder / f"r{number}" / "log"
         wait_until(
-            lambda client=client: writable(client), within_s=WITHIN_S, what="the copy is there"
+            lambda log=log: "c is copied" in log.read_text(), within_s=WITHIN_S, what="the copy"
+        )
+        wait_until(
+            lambda n=number: writable(cluster.clients[n]), within_s=WITHIN_S, what="it follows"
         )
     version = write(cluster, 3, seed=500)
     assert_agree(cluster, version)
     assert all(c.collection("c").n_missing_features == 0 for c in cluster.clients.values())
-    for number in (2, 3):
-        assert "c is copied" in (cluster.folder / f"r{number}" / "log").read_text()
 
 
 def writable(client: Client) -> bool:
@@ -242,26 +253,21 @@ def test_the_replicas_can_be_listed(cluster: Cluster) -> None:
     target = cluster.processes[0].target
     version = cluster.clients[0].upsert("c", items("shared", 600)).version
     arguments = ["replicas", "c", "--search", target, "--encoder", target]
-    listed: list[dict[str, object]] = []
+    listed: list[dict[str, Any]] = []
 
-    def all_live() -> bool:
+    def are_there() -> bool:
         listed[:] = json.loads(CliRunner().invoke(main, [*arguments, "--json"]).stdout)
-        return all(entry["live"] for entry in listed)
+        newest = {entry["checkpoint_version"] + entry["behind"] for entry in listed}
+        return newest == {version} and all(entry["live"] for entry in listed)
 
-    wait_until(all_live, within_s=WITHIN_S, what="all are live")
+    wait_until(are_there, within_s=WITHIN_S, what="all are live and the write is applied")
     assert {entry["id"] for entry in listed} == {cluster.id_of(i) for i in range(4)}
     targets = {process.target for process in cluster.processes.values()}
     assert {entry["address"] for entry in listed} == targets
     assert [entry["id"] for entry in listed if entry["answering"]] == [cluster.id_of(0)]
-    for entry in listed:
-        assert entry["live"]
-        assert (
-            entry["behind"]
-            == max(version, entry["checkpoint_version"]) - (entry["checkpoint_version"])
-        )
     shown = CliRunner().invoke(main, arguments)
     assert shown.exit_code == 0
-    assert shown.output.count("live") == 4
+    assert all(target in shown.output for target in targets)
     assert CliRunner().invoke(main, ["replicas", "nobody", *arguments[2:]]).exit_code != 0
 
 

@@ -23,6 +23,14 @@ class Table:
     has_feature: Sequence[bool] | None = None
 
 
+def passes(
+    tags: Sequence[str], some: Sequence[str], every: Sequence[str], none: Sequence[str]
+) -> bool:
+    """Whether an item with `tags` passes a filter any, all, none."""
+    has_some = not some or any(tag in tags for tag in some)
+    return has_some and all(tag in tags for tag in every) and not any(tag in tags for tag in none)
+
+
 @dataclass
 class Answer:
     """Hits are (id, hamming_bits, distance or None)."""

@@ -56,7 +56,8 @@ def write(order: dict[str, Any]) -> None:
     """Write from where the last writer was stopped, checkpointing at random moments.
 
     An order may name failpoints, as the environment would, and what else is to go on meanwhile:
-    ``churn``: another collection comes and goes; ``compact``: this one is compacted.
+    ``churn``: another collection comes and goes; ``compact``: this one is compacted; ``rebuild``:
+    its files are made anew.
     """
     failpoints.read(order.get("failpoints", ""))
     config = StoreConfig(
@@ -85,8 +86,13 @@ def write(order: dict[str, Any]) -> None:
             time.sleep(moments.uniform(0, 0.05))
             collection.compact()
 
+    def rebuilds() -> None:
+        while True:
+            collection.rebuild(threading.Event())
+
     tasks = [checkpoints] + [churn] * bool(order.get("churn"))
     tasks += [compacts] * bool(order.get("compact"))
+    tasks += [rebuilds] * bool(order.get("rebuild"))
     for task in tasks:
         threading.Thread(target=task, daemon=True).start()
     for number, (kind, records) in enumerate(steps(order["seed"], order["last"])):

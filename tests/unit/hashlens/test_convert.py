@@ -37,6 +37,7 @@ from hashlens.types import (
     SearchOptions,
     SearchResult,
     StageTimings,
+    TagFilter,
 )
 from hashlens.v1 import embedding_pb2 as epb
 from hashlens.v1 import search_service_pb2 as spb
@@ -170,6 +171,22 @@ def test_result_round_trip(result: SearchResult) -> None:
     assert same(convert.result_from_proto(message), result)
 
 
+words = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=60)
+conditions = st.sets(words, max_size=4).map(lambda tags: tuple(sorted(tags, key=str.encode)))
+filters = st.builds(TagFilter, any=conditions, all=conditions, none=conditions)
+
+
+@given(wanted=filters)
+def test_filter_round_trip(wanted: TagFilter) -> None:
+    message = convert.filter_to_proto(wanted)
+    assert (message is None) == wanted.is_empty
+    assert message is None or convert.filter_from_proto(message) == wanted
+    shuffled = spb.TagFilter(
+        any=wanted.any[::-1] * 2, all=wanted.all[::-1] * 2, none=wanted.none[::-1] * 2
+    )
+    assert convert.filter_from_proto(shuffled) == (None if wanted.is_empty else wanted)
+
+
 @given(
     options=st.builds(
         SearchOptions,
@@ -184,6 +201,7 @@ def test_result_round_trip(result: SearchResult) -> None:
         with_explanation=st.booleans(),
         min_version=counts,
         ignore_margins=st.booleans(),
+        filter=st.none() | filters.filter(lambda wanted: not wanted.is_empty),
     )
 )
 def test_options_round_trip(options: SearchOptions) -> None:
@@ -347,6 +365,8 @@ def test_every_half_number_is_told_finite_or_not() -> None:
         (spb.SearchOptions(k=100_001), "k"),
         (spb.SearchOptions(k=10, max_pool=9), "max_pool"),
         (spb.SearchOptions(k=10, rank=7), "rank"),  # type: ignore[arg-type]
+        (spb.SearchOptions(k=10, filter=spb.TagFilter(any=[""])), "filter.any[0]"),
+        (spb.SearchOptions(k=10, filter=spb.TagFilter(none=["a"] * 65)), "filter.none"),
     ],
 )
 def test_impossible_options_are_refused(message: spb.SearchOptions, field: str) -> None:

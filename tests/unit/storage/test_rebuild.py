@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,88 +23,17 @@ from hashlens.errors import (
     UnavailableError,
 )
 from hashlens.types import CollectionSpec, FeatureDtype
-from search_service.storage import Collection, Record, Store, StoreConfig
-from search_service.storage.catalog import Catalog
+from search_service.storage import Store, StoreConfig
 from search_service.storage.data_dir import clean
 from search_service.storage.failpoints import VARIABLE, arm
-from search_service.storage.keys import Meta
 from search_service.storage.local import LocalCollection
-from search_service.storage.rebuild import Rebuilt, install, rebuild
+from search_service.storage.rebuild import Rebuilt, install
+from tests.support.around import Around
 from tests.support.redis_server import RedisServer, server_binaries
-from tests.support.stores import DEADLINE_S, Model, contents, make_record, make_records
-
-SPEC = CollectionSpec("unset", "m", 100, 8, FeatureDtype.F16, 1000)
-
-
-@pytest.fixture
-def store(server: RedisServer, data_dir: Path) -> Iterator[Store]:
-    with Store.open(StoreConfig(data_dir=data_dir, redis_url=server.url, segment_bytes=4096)) as s:
-        yield s
-
+from tests.support.stores import Model, contents, make_record, make_records
 
 on_one_kind = pytest.mark.parametrize("server", server_binaries()[:1], indirect=True)
 """For what has nothing to do with the kind of server."""
-
-
-class Around:
-    """A collection of a store, its model, and rebuilds of it."""
-
-    def __init__(self, server: RedisServer, store: Store, spec: CollectionSpec, at: Path) -> None:
-        self.collection: Collection = store.create(spec)
-        self.model = Model()
-        self.files = at / "data" / "collections" / spec.name
-        self.at = at / "made"
-        self.at.mkdir(exist_ok=True)
-        self.url = server.url
-        catalog = Catalog(server.url, 5.0)
-        meta = catalog.meta(spec.name, DEADLINE_S)
-        catalog.close()
-        assert meta is not None
-        self.meta: Meta = meta
-
-    def upsert(self, records: list[Record]) -> None:
-        self.collection.upsert(records, request_id="", deadline_s=DEADLINE_S)
-        self.model.upsert(records)
-
-    def delete(self, ids: list[str]) -> None:
-        self.collection.delete(ids, request_id="", deadline_s=DEADLINE_S)
-        self.model.delete(ids)
-
-    def settle(self) -> None:
-        """Apply and checkpoint everything, which trims the log."""
-        self.collection.wait_for(self.model.version, DEADLINE_S)
-        self.collection.checkpoint()
-
-    def rebuild(self, old: Path | None = None, **options: object) -> Rebuilt:
-        given: dict[str, object] = {
-            "url": self.url,
-            "replica_id": str(uuid.uuid4()),
-            "timeout_s": 5.0,
-            "segment_bytes": 1024,
-            "old": old,
-        }
-        return rebuild(self.at, self.meta, **(given | options))  # type: ignore[arg-type]
-
-    def installed(self, made: Rebuilt) -> LocalCollection:
-        directory = self.at / self.meta.spec.name
-        install(made, directory)
-        return LocalCollection.load(directory)
-
-
-@pytest.fixture
-def around(
-    server: RedisServer, store: Store, new_name: Callable[[], str], tmp_path: Path
-) -> Iterator[Callable[..., Around]]:
-    names: list[str] = []
-
-    def make(**changes: object) -> Around:
-        spec = replace(SPEC, name=new_name(), **changes)  # type: ignore[arg-type]
-        names.append(spec.name)
-        return Around(server, store, spec, tmp_path)
-
-    yield make
-    for name in names:
-        store.drop(name)
 
 
 def rows_in_order(local: LocalCollection) -> list[str]:
@@ -312,12 +240,12 @@ def test_it_can_be_stopped(around: Callable[..., Around]) -> None:
     assert list(here.at.iterdir()) == []
 
 
-def test_another_collection_of_the_name(around: Callable[..., Around], store: Store) -> None:
+def test_another_collection_of_the_name(around: Callable[..., Around]) -> None:
     here = around()
-    store.drop(here.meta.spec.name)
+    here.store.drop(here.meta.spec.name)
     with pytest.raises(PreconditionError):
         here.rebuild()
-    store.create(here.meta.spec)
+    here.store.create(here.meta.spec)
     with pytest.raises(PreconditionError):
         here.rebuild()
     assert list(here.at.iterdir()) == []
@@ -399,13 +327,11 @@ def test_killed_anywhere_the_old_files_or_the_new_are_there(
     local.close()
 
 
-def test_redis_dies_meanwhile(
-    server: RedisServer, store: Store, new_name: Callable[[], str], tmp_path: Path
-) -> None:
+def test_redis_dies_meanwhile(server: RedisServer, tmp_path: Path) -> None:
     with RedisServer(server.binary) as mortal:
         config = StoreConfig(data_dir=tmp_path / "mortal" / "data", redis_url=mortal.url)
         with Store.open(config) as other:
-            spec = replace(SPEC, name=new_name(), expected_rows=100_000)
+            spec = CollectionSpec("mortal", "m", 100, 8, FeatureDtype.F16, 100_000)
             here = Around(mortal, other, spec, tmp_path / "mortal")
             here.upsert(make_records(spec, 100))
 
