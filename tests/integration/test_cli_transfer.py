@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from click.testing import CliRunner, Result
 
 from hashlens import Client, CollectionSpec, Embedding, FeatureDtype, Item, codes
 from hashlens.cli.main import main
+from hashlens.cli.transfer.columns import PART_ROWS
+from hashlens.errors import OverloadedError, UnavailableError
+from hashlens.types import WriteResult
 from tests.integration.conftest import SearchProcess
 from tests.support.services import ServiceProcess
 
@@ -217,29 +221,116 @@ def test_an_import_is_repeated_by_its_name(
     assert json.loads(hashlens("import", file, "named", "--json").stdout)["version"] == 4
 
 
-def test_what_is_deleted_meanwhile_is_said(
-    client: Client, hashlens: Hashlens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = CollectionSpec("moving", "m", 8, 0)
-    client.create_collection("moving", spec=spec)
+@pytest.fixture
+def moving(client: Client, request: pytest.FixtureRequest) -> list[Item]:
+    """Ten items in the collection of the test's own name."""
+    name = str(request.node.name).replace("_", "-")[:64]
+    spec = CollectionSpec(name, "m", 8, 2, FeatureDtype.F32)
+    client.create_collection(name, spec=spec)
     items = items_for(spec, 10, extras=False)
-    client.upsert("moving", items)
-    get_items = Client.get_items
-    deleted = []
+    client.upsert(name, items)
+    return items
 
-    def after_a_delete(self: Client, collection: str, ids: list[str], **options: Any) -> list[Item]:
+
+def test_what_is_deleted_meanwhile_is_said(
+    client: Client,
+    hashlens: Hashlens,
+    moving: list[Item],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    get_items = Client.get_items
+    deleted: list[int] = []
+
+    def after_a_delete(
+        self: Client, name: str, ids: list[str], *, min_version: int, **options: Any
+    ) -> list[Item]:
         if not deleted:
-            deleted.append(client.delete("moving", [items[3].id, items[8].id]).version)
-        return get_items(self, collection, ids, min_version=deleted[0], **_without(options))
+            deleted.append(client.delete(name, [moving[3].id, moving[8].id]).version)
+        return get_items(self, name, ids, min_version=max(min_version, deleted[0]), **options)
 
     monkeypatch.setattr(Client, "get_items", after_a_delete)
-    result = hashlens("export", "moving", tmp_path / "moving.arrow")
+    result = hashlens("export", "test-what-is-deleted-meanwhile-is-said", tmp_path / "moving.arrow")
     assert "8 items at version 10" in result.stdout
     assert "2 items went before being read" in result.stdout
 
 
-def _without(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name != "min_version"}
+def test_a_replica_that_is_behind_is_asked_again(
+    client: Client,
+    hashlens: Hashlens,
+    moving: list[Item],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has not yet seen all of what another one listed."""
+    get_items = Client.get_items
+
+    def behind(
+        self: Client, name: str, ids: list[str], *, min_version: int, **options: Any
+    ) -> list[Item]:
+        items = get_items(self, name, ids, min_version=min_version, **options)
+        return items if min_version >= 10 else items[:7]
+
+    monkeypatch.setattr(Client, "get_items", behind)
+    file = tmp_path / "items.npz"
+    assert (
+        "10 items at version 10"
+        in hashlens("export", "test-a-replica-that-is-behind-is-asked-again", file).stdout
+    )
+    monkeypatch.undo()
+    hashlens("import", file, "behind-copy")
+    ids = [item.id for item in moving]
+    assert stored(client, "behind-copy", ids) == contents(moving)
+
+
+def test_items_without_their_feature_are_named(
+    hashlens: Hashlens, moving: list[Item], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Items whose feature is missing are left out, named, and make the command fail."""
+    get_items = Client.get_items
+
+    def damaged(self: Client, name: str, ids: list[str], **options: Any) -> list[Item]:
+        items = get_items(self, name, ids, **options)
+        assert items[4].embedding is not None
+        items[4] = replace(items[4], embedding=replace(items[4].embedding, feature=None))
+        return items
+
+    monkeypatch.setattr(Client, "get_items", damaged)
+    result = hashlens(
+        "export", "test-items-without-their-feature-are-named", tmp_path / "items.npz", status=1
+    )
+    assert "9 items at version 10" in result.stdout
+    assert f"missing: 1 item\n    {moving[4].id}" in result.stdout
+
+
+def test_an_import_goes_on_where_it_was_interrupted(
+    hashlens: Hashlens, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n = 2 * PART_ROWS + 100
+    file = tmp_path / "items.npz"
+    np.savez(file, ids=[f"{i}" for i in range(n)], codes=np.zeros((n, 1), np.uint8), model_id="m")
+    upsert = Client.upsert
+    calls: list[str] = []
+
+    def in_trouble(self: Client, *arguments: Any, request_id: str, **options: Any) -> WriteResult:
+        calls.append(request_id)
+        if len(calls) == 1:  # Written, but the answer never comes; it is asked for again.
+            upsert(self, *arguments, request_id=request_id, **options)
+            raise OverloadedError("busy", retry_after_s=0.001)
+        if len(calls) == 3:
+            raise UnavailableError("away")
+        return upsert(self, *arguments, request_id=request_id, **options)
+
+    monkeypatch.setattr(Client, "upsert", in_trouble)
+    said = hashlens("import", file, "interrupted", status=1).output
+    assert client.collection("interrupted").version == PART_ROWS
+    assert calls[0] == calls[1] != calls[2]
+    name = said.split("--request-id ")[1].split()[0]
+    monkeypatch.undo()
+    summary = json.loads(
+        hashlens("import", file, "interrupted", "--request-id", name, "--json").stdout
+    )
+    assert (summary["version"], summary["items"], summary["written"]) == (n, n, n)
 
 
 def test_a_file_that_is_there_is_kept(

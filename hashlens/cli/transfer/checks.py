@@ -39,7 +39,7 @@ def check_layout(spec: CollectionSpec, layout: Layout, *, may_round: bool) -> No
         The features have another width, or would be rounded.
     """
     wanted = codes.n_bytes(spec.n_bits)
-    if layout.code_bytes != wanted:
+    if layout.code_bytes not in (0, wanted):
         raise InvalidInputError(
             f"have {layout.code_bytes} bytes, but {spec.n_bits} bits take {wanted}", field="codes"
         )

@@ -28,7 +28,7 @@ class Layout:
     """What a file says of all of its items."""
 
     code_bytes: int
-    """Width of a code, in bytes."""
+    """Width of a code, in bytes; 0: there are none, and nothing says it."""
     dim: int = 0
     """Width of a feature; 0: codes only."""
     feature_dtype: FeatureDtype = FeatureDtype.F16
