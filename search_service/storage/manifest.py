@@ -82,7 +82,8 @@ def read(directory: Path) -> Manifest:
     try:
         return parse(path.read_bytes(), path)
     except OSError as error:
-        raise DataLossError(f"{path} cannot be read: {error!r}") from error
+        # Not the error's own words for itself: of bytes that are no text they are all the bytes.
+        raise DataLossError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def parse(data: bytes, path: Path) -> Manifest:
@@ -101,7 +102,8 @@ def parse(data: bytes, path: Path) -> Manifest:
         files = {name: FileState(**state) for name, state in body.pop("files").items()}
         return Manifest(spec=CollectionSpec(**spec), files=files, **body)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataLossError(f"{path} cannot be read: {error!r}") from error
+        # Not the error's own words for itself: of bytes that are no text they are all the bytes.
+        raise DataLossError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -45,6 +45,7 @@ SPECS = {
     "full": CollectionSpec("full", "model-a", 100, 5, FeatureDtype.F16, 300),
     "codes": CollectionSpec("codes", "model-b", 8, 0, FeatureDtype.F16, 1),
     "f32": CollectionSpec("f32", "model-c", 64, 3, FeatureDtype.F32, 1000),
+    "compacted": CollectionSpec("compacted", "model-e", 65, 5, FeatureDtype.F16, 300),
     "empty": CollectionSpec("empty", "model-d", 512, 1, FeatureDtype.F32, 1),
 }
 
@@ -116,7 +117,9 @@ def _write(data_dir: Path, server: RedisServer) -> dict[str, Any]:
                     ids = [record.id for record in records]
                     collection.delete(ids, request_id=request_id, deadline_s=DEADLINE_S)
             collection.wait_for(model_of(name).version, DEADLINE_S)
-        return {name: keys_of(client, name) for name in SPECS}
+        keys = {name: keys_of(client, name) for name in SPECS}
+        store.get("compacted").compact()
+        return keys
 
 
 def keys_of(client: redis.Redis, name: str) -> dict[str, Any]:
