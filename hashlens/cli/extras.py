@@ -9,6 +9,7 @@ from hashlens.errors import PreconditionError
 EXTRAS = {
     "encoder": ("torch", "torchvision", "PIL", "safetensors"),
     "search": ("numba", "redis"),
+    "arrow": ("pyarrow",),
 }
 """Extra of the distribution -> top-level modules that it brings."""
 

@@ -81,14 +81,14 @@ def encode_patiently(
         if not refused:
             return [results[i] for i in range(len(images))]
         pending = [i for i in pending if isinstance(results[i], OverloadedError)]
-        _pause(attempt, max(error.retry_after_s for error in refused))
+        pause(attempt, max(error.retry_after_s for error in refused))
     raise UnavailableError(
         f"the encoder was overloaded {MAX_ATTEMPTS} times in a row: try again later, or with "
         "fewer --workers"
     )
 
 
-def _pause(attempt: int, retry_after_s: float) -> None:
+def pause(attempt: int, retry_after_s: float) -> None:
     """Sleep for as long as the server asked, doubled with each attempt, with jitter."""
     pause_s = min(MAX_PAUSE_S, retry_after_s * 2**attempt)
     threading.Event().wait(pause_s * random.uniform(0.5, 1.0))

@@ -19,6 +19,8 @@ from hashlens.cli.health import health
 from hashlens.cli.index import index
 from hashlens.cli.search import search
 from hashlens.cli.text import printable
+from hashlens.cli.transfer.export_command import export
+from hashlens.cli.transfer.import_command import import_
 from hashlens.cli.up import up
 from hashlens.cli.verify import verify
 from hashlens.errors import HashlensError, InvalidInputError
@@ -125,5 +127,18 @@ def main(debug: bool) -> None:
     """
 
 
-for command in (up, index, search, health, collections, replicas, compact, verify, drop, demo):
+for command in (
+    up,
+    index,
+    search,
+    health,
+    collections,
+    replicas,
+    compact,
+    verify,
+    drop,
+    export,
+    import_,
+    demo,
+):
     main.add_command(command)

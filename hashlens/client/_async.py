@@ -290,10 +290,13 @@ class AsyncClient:
         *,
         with_feature: bool = False,
         with_payload: bool = True,
+        min_version: int = 0,
         deadline_s: float | None = None,
     ) -> list[Item]:
-        """Return the items that are there, in the order of `ids`."""
-        request = self._wire.get_items_request(collection, ids, with_feature, with_payload)
+        """Return the items that are there at `min_version` or later, in the order of `ids`."""
+        request = self._wire.get_items_request(
+            collection, ids, with_feature, with_payload, min_version
+        )
         reply = await self._call(self._search.GetItems, request, deadline_s)
         return [convert.item_from_proto(item) for item in reply.items]
 

@@ -169,7 +169,12 @@ class Wire:
         return request
 
     def get_items_request(
-        self, collection: str, ids: Sequence[str], with_feature: bool, with_payload: bool
+        self,
+        collection: str,
+        ids: Sequence[str],
+        with_feature: bool,
+        with_payload: bool,
+        min_version: int,
     ) -> spb.GetItemsRequest:
         """Build a GetItems."""
         request = spb.GetItemsRequest(
@@ -177,7 +182,7 @@ class Wire:
             ids=ids,
             with_feature=with_feature,
             with_payload=with_payload,
-            min_version=self.version_of(collection),
+            min_version=max(min_version, self.version_of(collection)),
         )
         self._check_size(request.ByteSize(), _SPLIT)
         return request

@@ -28,7 +28,8 @@ def backup(config: BackupConfig, names: tuple[str, ...]) -> None:
     """
     os.nice(_LOWEST_PRIORITY)
     made = take(config, names, _say)
-    _say(f"{len(made.collections)} collections in {config.output}")
+    n = len(made.collections)
+    _say(f"{n} collection{'' if n == 1 else 's'} in {config.output}")
 
 
 @click.command()

@@ -188,7 +188,8 @@ class _Taker:
         n_items = loaded.rows - loaded.deaths
         n_bytes = sum(state.length for state in loaded.files.values())
         self._report(
-            f"{source.name}: version {loaded.seq}, {n_items:,} items in {loaded.rows:,} rows, "
+            f"{source.name}: version {loaded.seq}, the last checkpoint: {n_items:,} items in "
+            f"{loaded.rows:,} rows, "
             f"{n_bytes / 1e6:,.1f} MB, {n_linked} of {len(loaded.files)} files linked, "
             f"{time.monotonic() - began_s:.1f} s"
         )

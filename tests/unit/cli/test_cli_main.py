@@ -43,11 +43,13 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 def test_help_names_every_command_with_a_line(runner: CliRunner) -> None:
     result = runner.invoke(main, ["--help"])
     assert result.exit_code == 0
-    for name in ("up", "index", "search", "health", "collections", "drop", "demo", "train"):
+    for name in ("up", "index", "search", "health", "collections", "drop", "export", "import"):
         assert f"\n  {name} " in result.output
 
 
-@pytest.mark.parametrize("name", ["up", "index", "search", "health", "collections", "drop", "demo"])
+@pytest.mark.parametrize(
+    "name", ["up", "index", "search", "health", "collections", "drop", "export", "import", "demo"]
+)
 def test_every_command_has_help(runner: CliRunner, name: str) -> None:
     result = runner.invoke(main, [name, "--help"])
     assert result.exit_code == 0

@@ -1,0 +1,1 @@
+"""Items as files of others: NumPy's .npz, and Arrow's .parquet and .arrow."""
