@@ -16,7 +16,7 @@ from hashlens.errors import (
 from hashlens.packed_items import PackedItems
 from hashlens.types import DeleteResult
 from search_service.storage import layout
-from search_service.storage.catalog import Raw
+from search_service.storage.chunks import Raw
 from search_service.storage.expiry import remove_expired
 from search_service.storage.live import Live
 from search_service.storage.packing import id_bytes, packed_records, record_of
