@@ -259,6 +259,8 @@ class Store:
                 deadline_s=give_up - time.monotonic(),
             )
         except OSError as error:
+            if self.find(name) is not collection.newest:
+                raise UnavailableError(f"{name} was dropped or replaced meanwhile.") from error
             raise LimitError(f"The files of {name} cannot be written anew ({error}).") from error
 
     def infos(self) -> Sequence[CollectionInfo]:

@@ -16,6 +16,7 @@ from search_service.storage import Collection, Store, StoreConfig, failpoints, l
 from search_service.storage.connection import Caller
 from search_service.storage.erasure import Eraser
 from search_service.storage.keys import Keys
+from search_service.storage.local import LocalCollection
 from tests.support.redis_server import RedisServer
 from tests.support.stores import DEADLINE_S, Model, assert_holds, make_records, wait_until
 
@@ -165,10 +166,11 @@ def test_a_slow_compaction_keeps_nobody(
     assert not thread.is_alive()
     assert len(raised) == 1
     if how == "close":
-        with Store.open(config_of(data_dir, server)) as store:
+        LocalCollection.load(directory).close()
+        assert not (directory / layout.rows_file(1)).exists()
+        with Store.open(config_of(data_dir, server)) as store:  # Which does what was asked for.
             model.version += 1
             assert_holds(store.get(name), model)
-            assert not (directory / layout.rows_file(1)).exists()
 
 
 def test_files_put_aside_are_not_gone(
