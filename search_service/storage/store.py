@@ -16,6 +16,7 @@ from hashlens.errors import (
     LimitError,
     NotFoundError,
     PreconditionError,
+    UnavailableError,
 )
 from hashlens.types import CollectionInfo, CollectionSpec, CompactResult, ReplicaInfo
 from search_service.storage import data_dir, layout
