@@ -22,7 +22,7 @@ from tests.support.services import START_S, STOP_S, wait_until
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)
-DEMO, UP, COMMANDS, MODEL = (text for language, text in BLOCKS if language == "bash")
+DEMO, UP, COMMANDS, MODEL, KEEPING = (text for language, text in BLOCKS if language == "bash")
 PYTHON, GRPC = (text for language, text in BLOCKS if language == "python")
 STEP_S = 150.0
 
@@ -106,7 +106,7 @@ def with_ports(code: str, env: dict[str, str]) -> str:
 
 
 def test_there_is_no_block_that_nobody_runs() -> None:
-    assert [language for language, _ in BLOCKS] == ["", *["bash"] * 4, "python", "python"]
+    assert [language for language, _ in BLOCKS] == ["", *["bash"] * 4, "python", "python", "bash"]
     assert [line.split("#")[0].strip() for line in DEMO.splitlines()] == ["make demo", "make test"]
 
 
@@ -134,6 +134,13 @@ def test_the_commands(up: None, pictures: Path, env: dict[str, str]) -> None:
     for line in COMMANDS.splitlines():
         run(line, pictures, env)
     assert "<html" in (pictures / "answer.html").read_text("utf-8").lower()
+
+
+def test_keeping_it(up: None, pictures: Path, env: dict[str, str]) -> None:
+    printed = "".join(run(line, pictures, env) for line in KEEPING.splitlines())
+    assert (pictures / "backup" / "BACKUP.json").exists()
+    assert "nothing differs" in printed
+    assert printed.endswith("complete\n")
 
 
 def test_a_model_of_ones_own(pictures: Path, env: dict[str, str]) -> None:
