@@ -5,18 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final
-
-import grpc
+from typing import Final
 
 from hashlens import convert
 from hashlens.errors import OverloadedError
 from hashlens.types import CompactResult
 from hashlens.v1 import search_service_pb2 as spb
-from hashlens.v1 import search_service_pb2_grpc as spb_grpc
+from search_service.calls import Calls, Context
 from search_service.storage.store import Store
-
-_Context = grpc.aio.ServicerContext[Any, Any]
 
 _MAX_CALLS: Final = 8
 """Calls that wait for an erasure at a time; they share the work."""
@@ -58,14 +54,13 @@ class Erasures:
             work.exception()  # Whoever asked may have left.
 
 
-class CompactRpc(spb_grpc.SearchServiceServicer):
-    """Answers `Compact`; the servicer that inherits it has the store and knows deadlines."""
+class CompactRpc(Calls):
+    """Answers `Compact`."""
 
     _erasures: Erasures
-    _store: Store
 
     async def Compact(  # noqa: N802 - the contract's name
-        self, request: spb.CompactRequest, context: _Context
+        self, request: spb.CompactRequest, context: Context
     ) -> spb.CompactResponse:
         """Erase what was replaced and deleted."""
         ends_s = self._ends_s(context)
@@ -74,6 +69,3 @@ class CompactRpc(spb_grpc.SearchServiceServicer):
             self._store, name, wait_for_replicas=request.wait_for_replicas, ends_s=ends_s
         )
         return convert.compact_to_proto(result)
-
-    def _ends_s(self, context: _Context) -> float:
-        raise NotImplementedError

@@ -6,46 +6,41 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from typing import Any, TypeVar
 
 import grpc
 
 from hashlens import convert
 from hashlens.errors import (
-    DataLossError,
-    DeadlineError,
     HashlensError,
     InvalidInputError,
-    UnavailableError,
 )
 from hashlens.rpc.limits import check_size
 from hashlens.rpc.metrics import Metric
-from hashlens.rpc.server import deadline_s
 from hashlens.rpc.status import status_of
 from hashlens.types import (
     Query,
     Rank,
-    ReplicaInfo,
     SearchOptions,
-    TagFilter,
 )
 from hashlens.v1 import replica_service_pb2_grpc as rpb_grpc
 from hashlens.v1 import search_service_pb2 as spb
 from hashlens.v1 import search_service_pb2_grpc as spb_grpc
-from search_service import checks, filtered, writes
+from search_service import checks
 from search_service.answers import Answerer, reply_of, together
 from search_service.audit import Auditor, check_auditable
 from search_service.ball_stream import Ball, BallStreamer
+from search_service.calls import Context
+from search_service.collections_rpc import CollectionsRpc
 from search_service.config import SearchConfig
 from search_service.engine import Engine, embedding_of
 from search_service.executor import Executor
 from search_service.images import ImageEncoder
 from search_service.index_keeper import IndexKeeper
-from search_service.items import items_of
+from search_service.items_rpc import ItemsRpc
 from search_service.maintenance import CompactRpc, Erasures
 from search_service.replication.client import GrpcPeers
 from search_service.replication.servicer import ReplicaServicer, ServingLimits
@@ -58,18 +53,12 @@ from search_service.verify import Verifier, VerifyRpc
 
 logger = logging.getLogger(__name__)
 
-_Context = grpc.aio.ServicerContext[Any, Any]
-T = TypeVar("T")
-
 _WILDCARDS = ("0.0.0.0", "[::]", "::", "*")
-
-_LOOKUP_S = 2.0
-"""Longest that a listing waits for Redis; without it, it lists what is on this replica."""
 
 _ADVICE = "ask for fewer hits, or leave features out"
 
 
-class SearchServicer(CompactRpc, VerifyRpc):
+class SearchServicer(CollectionsRpc, ItemsRpc, CompactRpc, VerifyRpc):
     """Answers the RPCs; a `hashlens.rpc.server.Service`.
 
     Parameters
@@ -104,7 +93,6 @@ class SearchServicer(CompactRpc, VerifyRpc):
         )
         self._address = config.advertise or ""
         self._opening: asyncio.Future[Store] | None = None
-        self._store: Store
         self._executor: Executor
         self._balls: BallStreamer
         self._images: ImageEncoder
@@ -174,136 +162,8 @@ class SearchServicer(CompactRpc, VerifyRpc):
                 await asyncio.to_thread(store.close)
         await asyncio.to_thread(self._threads.shutdown, wait=True)
 
-    # -- collections -----------------------------------------------------------------------------
-
-    async def CreateCollection(  # noqa: N802 - the contract's name
-        self, request: spb.CreateCollectionRequest, context: _Context
-    ) -> spb.CreateCollectionResponse:
-        """Make a collection."""
-        try:
-            spec = convert.spec_from_proto(request.spec)
-        except InvalidInputError as error:
-            raise error.within("spec") from None
-        ends_s = self._ends_s(context)
-        collection = await self._in_store(
-            lambda left_s: self._store.create(spec, deadline_s=left_s), ends_s
-        )
-        return spb.CreateCollectionResponse(collection=convert.info_to_proto(collection.info()))
-
-    async def GetCollection(  # noqa: N802 - the contract's name
-        self, request: spb.GetCollectionRequest, context: _Context
-    ) -> spb.GetCollectionResponse:
-        """Describe one collection."""
-        collection = await self._collection(request.name, context, field="name")
-        if not collection.is_lost:  # Then it would not come, and its state is what is asked for.
-            await self._reached(collection, request.min_version, self._ends_s(context))
-        replicas: list[ReplicaInfo] = []
-        if request.with_replicas:
-            replicas = await self._in_store(
-                lambda left_s: collection.replicas(left_s), self._ends_s(context)
-            )
-        return spb.GetCollectionResponse(
-            collection=convert.info_to_proto(collection.newest.info()),
-            replicas=map(convert.replica_to_proto, replicas),
-        )
-
-    async def ListCollections(  # noqa: N802 - the contract's name
-        self, request: spb.ListCollectionsRequest, context: _Context
-    ) -> spb.ListCollectionsResponse:
-        """Describe all collections."""
-        ends_s = self._ends_s(context)
-        infos = await self._in_store(
-            lambda left_s: self._store.list(deadline_s=min(left_s, _LOOKUP_S)), ends_s
-        )
-        return spb.ListCollectionsResponse(
-            collections=[convert.info_to_proto(info) for info in infos]
-        )
-
-    async def DropCollection(  # noqa: N802 - the contract's name
-        self, request: spb.DropCollectionRequest, context: _Context
-    ) -> spb.DropCollectionResponse:
-        """Remove a collection."""
-        name = convert.check_collection_name(request.name, field="name")
-        ends_s = self._ends_s(context)
-        await self._in_store(lambda left_s: self._store.drop(name, deadline_s=left_s), ends_s)
-        return spb.DropCollectionResponse()
-
-    # -- items -----------------------------------------------------------------------------------
-
-    async def Upsert(  # noqa: N802 - the contract's name
-        self, request: spb.UpsertRequest, context: _Context
-    ) -> spb.UpsertResponse:
-        """Write items; an image that cannot be read fails alone."""
-        ends_s = self._ends_s(context)
-        collection = await self._collection(request.collection, context)
-        request_id = writes.request_id_of(request.request_id)
-        write = await writes.prepare(request, collection.spec, self._images, ends_s)
-        version = await self._in_store(
-            lambda left_s: collection.upsert(
-                write.records,
-                request_id=request_id,
-                deadline_s=left_s,
-                content=write.content(),
-            ),
-            ends_s,
-        )
-        return spb.UpsertResponse(
-            version=version, n_written=len(write.records), failures=write.failures
-        )
-
-    async def Delete(  # noqa: N802 - the contract's name
-        self, request: spb.DeleteRequest, context: _Context
-    ) -> spb.DeleteResponse:
-        """Remove items by id."""
-        ends_s = self._ends_s(context)
-        collection = await self._collection(request.collection, context)
-        request_id = writes.request_id_of(request.request_id)
-        ids = [
-            convert.check_id(item_id, field=f"ids[{i}]") for i, item_id in enumerate(request.ids)
-        ]
-        result = await self._in_store(
-            lambda left_s: collection.delete(ids, request_id=request_id, deadline_s=left_s), ends_s
-        )
-        return spb.DeleteResponse(version=result.version, n_deleted=result.n_deleted)
-
-    async def GetItems(  # noqa: N802 - the contract's name
-        self, request: spb.GetItemsRequest, context: _Context
-    ) -> spb.GetItemsResponse:
-        """Read items back."""
-        collection = await self._collection(request.collection, context)
-        ids = [
-            convert.check_id(item_id, field=f"ids[{i}]") for i, item_id in enumerate(request.ids)
-        ]
-        snapshot = await self._reached(collection, request.min_version, self._ends_s(context))
-        checks.check_reply_fits(
-            len(ids),
-            snapshot,
-            with_code=True,
-            with_feature=request.with_feature,
-            max_message_bytes=self._config.max_message_bytes,
-        )
-
-        def read() -> spb.GetItemsResponse:
-            items = items_of(
-                snapshot,
-                ids,
-                with_feature=request.with_feature,
-                with_payload=request.with_payload,
-            )
-            return spb.GetItemsResponse(
-                items=map(convert.item_to_proto, items), version=snapshot.version
-            )
-
-        reply = await asyncio.to_thread(read)
-        check_size(
-            reply.ByteSize(), self._config.max_message_bytes, "ask for fewer, or without features"
-        )
-        return reply
-
-    # -- search ----------------------------------------------------------------------------------
-
     async def Search(  # noqa: N802 - the contract's name
-        self, request: spb.SearchRequest, context: _Context
+        self, request: spb.SearchRequest, context: Context
     ) -> spb.SearchResponse:
         """Answer one query."""
         started_ns = time.monotonic_ns()
@@ -324,7 +184,7 @@ class SearchServicer(CompactRpc, VerifyRpc):
         return reply
 
     async def SearchBatch(  # noqa: N802 - the contract's name
-        self, request: spb.SearchBatchRequest, context: _Context
+        self, request: spb.SearchBatchRequest, context: Context
     ) -> spb.SearchBatchResponse:
         """Answer several queries on one version of the data, each by itself."""
         started_ns = time.monotonic_ns()
@@ -373,7 +233,7 @@ class SearchServicer(CompactRpc, VerifyRpc):
         return reply
 
     async def StreamBall(  # noqa: N802 - the contract's name
-        self, request: spb.StreamBallRequest, context: _Context
+        self, request: spb.StreamBallRequest, context: Context
     ) -> AsyncIterator[spb.StreamBallResponse]:
         """Send all rows within a radius, in the order in which they were written."""
         started_ns = time.monotonic_ns()
@@ -399,7 +259,7 @@ class SearchServicer(CompactRpc, VerifyRpc):
             yield reply
 
     async def Audit(  # noqa: N802 - the contract's name
-        self, request: spb.AuditRequest, context: _Context
+        self, request: spb.AuditRequest, context: Context
     ) -> spb.AuditResponse:
         """Answer one query in two stages and exhaustively."""
         started_ns = time.monotonic_ns()
@@ -421,61 +281,6 @@ class SearchServicer(CompactRpc, VerifyRpc):
         reply.answer.receipt.timings.total_ns = time.monotonic_ns() - started_ns
         check_size(reply.ByteSize(), self._config.max_message_bytes, _ADVICE)
         return reply
-
-    # -- helpers ---------------------------------------------------------------------------------
-
-    def _ends_s(self, context: _Context) -> float:
-        """Return when a call must be answered, on the clock of `time.monotonic`."""
-        return time.monotonic() + deadline_s(context, self._config)
-
-    async def _in_store(self, call: Callable[[float], T], ends_s: float) -> T:
-        """Run what may wait for Redis in a thread; `call` gets the seconds that are left then."""
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(ends_s - time.monotonic()):
-                return await loop.run_in_executor(
-                    self._threads, lambda: call(ends_s - time.monotonic())
-                )
-        except TimeoutError:
-            raise UnavailableError(
-                "Redis has not answered in time. Repeat the call, a write with its request id."
-            ) from None
-
-    async def _collection(
-        self, name: str, context: _Context, *, field: str = "collection"
-    ) -> Collection:
-        convert.check_collection_name(name, field=field)
-        found = self._store.find(name)
-        if found is not None:
-            return found
-        return await self._in_store(
-            lambda left_s: self._store.get(name, deadline_s=left_s), self._ends_s(context)
-        )
-
-    async def _reached(
-        self,
-        collection: Collection,
-        min_version: int,
-        ends_s: float,
-        wanted: TagFilter | None = None,
-    ) -> Snapshot:
-        """Return a snapshot at least as new as asked for, through a filter."""
-        pause_s = 0.0005
-        while (snapshot := collection.newest.snapshot()).version < min_version:
-            left_s = ends_s - time.monotonic()
-            if left_s <= 0:
-                raise DeadlineError(
-                    f"version {min_version} has not come in time: this replica has "
-                    f"{snapshot.version}"
-                )
-            await asyncio.sleep(min(pause_s, left_s))
-            pause_s = min(2 * pause_s, 0.02)
-        collection = collection.newest
-        if snapshot.rows == 0 and collection.needs_files:
-            raise UnavailableError(collection.info().detail)
-        if snapshot.rows == 0 and collection.is_lost:
-            raise DataLossError(collection.info().detail)
-        return await filtered.reached(snapshot, wanted, ends_s)
 
     def _check_fits(self, n_queries: int, snapshot: Snapshot, options: SearchOptions) -> None:
         checks.check_reply_fits(

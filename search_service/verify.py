@@ -8,19 +8,15 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final
-
-import grpc
+from typing import Final
 
 from hashlens import convert
 from hashlens.errors import DeadlineError, LimitError, OverloadedError
 from hashlens.types import VerifyResult
 from hashlens.v1 import search_service_pb2 as spb
-from hashlens.v1 import search_service_pb2_grpc as spb_grpc
+from search_service.calls import Calls, Context
 from search_service.storage.collection import Collection
 from search_service.storage.verify import Verified
-
-_Context = grpc.aio.ServicerContext[Any, Any]
 
 _NICENESS: Final = 10
 _RETRY_S: Final = 5.0
@@ -89,27 +85,19 @@ class Verifier:
             work.exception()  # Whoever asked may have left.
 
 
-class VerifyRpc(spb_grpc.SearchServiceServicer):
-    """Answers `Verify`; the servicer that inherits it finds collections and deadlines."""
+class VerifyRpc(Calls):
+    """Answers `Verify`."""
 
     _verifier: Verifier
 
     async def Verify(  # noqa: N802 - the contract's name
-        self, request: spb.VerifyRequest, context: _Context
+        self, request: spb.VerifyRequest, context: Context
     ) -> spb.VerifyResponse:
         """Compare Redis with the files, and say what differs."""
         ends_s = self._ends_s(context)
         collection = await self._collection(request.collection, context)
         result = await self._verifier.verify(collection, repair=request.repair, ends_s=ends_s)
         return convert.verify_to_proto(result)
-
-    def _ends_s(self, context: _Context) -> float:
-        raise NotImplementedError
-
-    async def _collection(
-        self, name: str, context: _Context, *, field: str = "collection"
-    ) -> Collection:
-        raise NotImplementedError
 
 
 def _verified(collection: Collection, repair: bool, stop: threading.Event) -> VerifyResult:

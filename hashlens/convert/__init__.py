@@ -33,6 +33,7 @@ from hashlens.convert.embedding import (
     model_from_proto,
     model_to_proto,
 )
+from hashlens.convert.packed import packed_hits_from_proto, packed_hits_to_proto
 from hashlens.convert.packed_items import packed_items_from_proto, packed_items_to_proto
 from hashlens.convert.search import (
     ball_part_from_proto,
@@ -41,8 +42,6 @@ from hashlens.convert.search import (
     hit_to_proto,
     options_from_proto,
     options_to_proto,
-    packed_hits_from_proto,
-    packed_hits_to_proto,
     query_from_proto,
     query_to_proto,
     receipt_from_proto,

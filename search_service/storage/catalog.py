@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import redis
@@ -18,6 +18,7 @@ from hashlens.errors import (
 )
 from hashlens.types import CollectionSpec
 from search_service.storage import layout, scripts
+from search_service.storage.chunks import Raw, body_of, chunks_of
 from search_service.storage.connection import Caller, run_script
 from search_service.storage.erasure import Eraser
 from search_service.storage.keys import (
@@ -35,22 +36,8 @@ from search_service.storage.replicas import FORGET_S, SILENCE_S, ReplicaList
 REQUEST_TTL_S: Final = 600
 """How long a request id is remembered, in seconds."""
 
-CHUNK_ITEMS: Final = 256
-"""Most items that one script call writes."""
-
-CHUNK_BYTES: Final = 8 << 20
-"""Most bytes that one script call writes, but for a single item that is larger."""
-
 _SWEEP_KEYS = 1000
 _OLDEST_SERVER = (7, 0)
-
-
-class Raw(NamedTuple):
-    """One item of a write."""
-
-    id: bytes
-    record: bytes
-    """As `layout.pack_put` or `layout.pack_delete` made it."""
 
 
 class Written(NamedTuple):
@@ -261,7 +248,7 @@ class Catalog:
         meta
             Of the collection.
         items
-            At most `CHUNK_ITEMS`; `record` is as `layout.pack_expire` made it.
+            At most `chunks.CHUNK_ITEMS`; `record` is as `layout.pack_expire` made it.
         deadline_s
             The longest to wait, in seconds.
         known_seq
@@ -275,7 +262,7 @@ class Catalog:
             The collection is being dropped.
         """
         keys = Keys(meta.spec.name)
-        buckets, body = _body(keys, items, meta.n_buckets)
+        buckets, body = body_of(keys, items, meta.n_buckets)
         reply = self._script(
             scripts.EXPIRE,
             [keys.meta, keys.log, *buckets],
@@ -338,13 +325,13 @@ class Catalog:
         digest = hasher.digest()
         code_bytes = codes.n_bytes(meta.spec.n_bits)
         seq, count = 0, 0
-        for number, chunk in enumerate(_chunks(items)):
+        for number, chunk in enumerate(chunks_of(items)):
             if number and time.monotonic() > give_up:
                 raise DeadlineError(
                     f"The time was over after {count} of {len(items)} items. To write the rest, "
                     "repeat the call with the same request id and more time, or send fewer at once."
                 )
-            buckets, body = _body(keys, chunk, meta.n_buckets)
+            buckets, body = body_of(keys, chunk, meta.n_buckets)
             request = keys.request(meta.epoch, f"{request_id}:{number}")
             reply = self._script(
                 script,
@@ -380,35 +367,6 @@ class Catalog:
         return self._caller.run(
             lambda client: run_script(client, source, keys, arguments), deadline_s
         )
-
-
-def _chunks(items: Sequence[Raw]) -> Iterator[Sequence[Raw]]:
-    """Cut a write into calls; the same write is always cut in the same places."""
-    first, size = 0, 0
-    for position, item in enumerate(items):
-        if position > first and (
-            position - first == CHUNK_ITEMS or size + len(item.record) > CHUNK_BYTES
-        ):
-            yield items[first:position]
-            first, size = position, 0
-        size += len(item.record)
-    if first < len(items):
-        yield items[first:]
-
-
-def _body(keys: Keys, chunk: Sequence[Raw], n_buckets: int) -> tuple[list[str], bytes]:
-    """Return the bucket keys of a chunk, and its items in the form that the scripts read."""
-    ordinals: dict[int, bytes] = {}
-    bucket_keys: list[str] = []
-    parts: list[bytes] = []
-    for item in chunk:
-        bucket = layout.bucket_of(item.id, n_buckets)
-        ordinal = ordinals.get(bucket)
-        if ordinal is None:
-            ordinal = ordinals[bucket] = len(ordinals).to_bytes(4, "little")
-            bucket_keys += keys.buckets(bucket)
-        parts += (ordinal, item.record)
-    return bucket_keys, b"".join(parts)
 
 
 def _server_version(client: redis.Redis) -> tuple[int, ...] | None:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from search_service.snapshot import Snapshot
 from search_service.storage import layout
-from search_service.storage.catalog import CHUNK_ITEMS, Catalog, Raw
+from search_service.storage.catalog import Catalog
+from search_service.storage.chunks import CHUNK_ITEMS, Raw
 from search_service.storage.keys import Meta
 from search_service.storage.rows import rows_of
 

@@ -6,15 +6,20 @@ written itself is checked when a search, or the scrubber, first comes by.
 
 from __future__ import annotations
 
+import logging
 import threading
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+logger = logging.getLogger(__name__)
+
+_SHOWN_ROWS = 10
 _UNKNOWN, _GOOD, _DAMAGED = 0, 1, 2
 _NONE = np.zeros(0, dtype=np.int64)
 
@@ -113,3 +118,18 @@ class ChecksAt:
     def damaged(self, rows: NDArray[np.int64]) -> NDArray[np.bool_] | None:
         """Tell which of `rows` are damaged: bool, shape ``[n]``; None if no row at all is."""
         return self.checks.damaged(rows)
+
+
+def log_damage(rows: NDArray[np.int64], name: str, directory: Path, generation: int) -> None:
+    """Say which features of a collection are damaged, and what brings them back."""
+    shown = ", ".join(map(str, rows[:_SHOWN_ROWS].tolist()))
+    logger.error(
+        "%d features of %s do not match their checksums (%s of generation %d, rows %s%s): they "
+        "are not served. Verify with repair brings them back where another replica has them.",
+        len(rows),
+        name,
+        directory,
+        generation,
+        shown,
+        ", ..." if len(rows) > _SHOWN_ROWS else "",
+    )

@@ -6,10 +6,6 @@ whoever makes a checkpoint does not stop the other two.
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import shutil
 import threading
 import uuid
 import zlib
@@ -20,23 +16,21 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from hashlens import codes
-from hashlens.errors import CancelledError, DataLossError, DeadlineError, UnavailableError
+from hashlens.errors import CancelledError, DataLossError, UnavailableError
 from hashlens.types import CollectionSpec
 from search_service.snapshot import Snapshot
 from search_service.storage import data_dir, layout, manifest
 from search_service.storage.arrays import Arrays, Prefix
+from search_service.storage.contents import Contents
 from search_service.storage.failpoints import reach
-from search_service.storage.feature_check import ChecksAt, FeatureChecks
+from search_service.storage.feature_check import FeatureChecks, log_damage
 from search_service.storage.frozen import Frozen
-from search_service.storage.id_index import StoredIds
 from search_service.storage.layout import LogRecord
+from search_service.storage.making import make
 from search_service.storage.manifest import FileState, Manifest
-from search_service.storage.rows import RowsAt, RowTable, load_table
-
-logger = logging.getLogger(__name__)
-
-_SHOWN_ROWS = 10
+from search_service.storage.published import Published
+from search_service.storage.rows import RowTable, load_table
+from search_service.storage.saved import Saved
 
 
 class LocalCollection:
@@ -50,30 +44,23 @@ class LocalCollection:
         """The last write applied."""
         self.log_crc32 = loaded.log_crc32
         """Of that write's log record; 0 where there is none."""
-        self.checkpoint_seq = loaded.seq
-        """The last write that is safe in the files."""
         self.erased_seq = loaded.erased_seq
         """Rows that were dead at this write are in none of the files."""
         self.directory = directory
         """Where the files are."""
-        self.generation = loaded.generation
-        """Part of the names of the files that count now."""
-        self._saved_erased_seq = loaded.erased_seq
-        self._arrays = arrays
-        self._table = table
+        self._saved = Saved(directory, loaded)
+        self._contents = Contents(loaded.spec, arrays, table)
         self._rows_since_checkpoint = 0
         self._bytes_since_checkpoint = 0
         self.on_damage: Callable[[int], None] = lambda n: None
         """Called with how many features were found damaged."""
         self._checks = FeatureChecks(arrays.rows if self.spec.dim else 0, self._note_damage)
-        self._failed_sync = ""
         self._closed = False
         # Files that take the place of others may have other rows under the same generation.
         self._load_id = uuid.uuid4().hex
         self._lock = threading.Lock()
         self._checkpoint_lock = threading.Lock()
-        self._published = threading.Condition()
-        self._snapshot = self._build()
+        self._published = Published(self.spec.name, self._build())
 
     @classmethod
     def create(
@@ -92,33 +79,7 @@ class LocalCollection:
         OSError
             The directory is there already, or the disk is full or broken.
         """
-        draft = directory.with_name(f".new-{uuid.uuid4().hex}")
-        draft.mkdir()
-        try:
-            rows_per_segment = layout.rows_per_segment(spec, segment_bytes)
-            arrays = Arrays.create(draft, spec, generation=0, rows_per_segment=rows_per_segment)
-            arrays.close()
-            empty = Manifest(
-                spec=spec,
-                epoch=epoch,
-                n_buckets=n_buckets,
-                generation=0,
-                rows_per_segment=rows_per_segment,
-                seq=0,
-                log_crc32=0,
-                rows=0,
-                deaths=0,
-                erased_seq=0,
-                files=arrays.state()[0],
-            )
-            reach("create.manifest")
-            manifest.write(draft, empty)
-            reach("create.rename")
-            draft.rename(directory)
-        except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise
-        manifest.sync_directory(directory.parent)
+        make(directory, spec, epoch=epoch, n_buckets=n_buckets, segment_bytes=segment_bytes)
         return cls.load(directory)
 
     @classmethod
@@ -155,31 +116,43 @@ class LocalCollection:
             An id is not text.
         """
         local = cls(directory, loaded, arrays, load_table(directory, arrays))
-        local.checkpoint_seq = -1
+        local._saved.seq = -1
         return local
+
+    @property
+    def checkpoint_seq(self) -> int:
+        """The last write that is safe in the files."""
+        return self._saved.seq
+
+    @property
+    def generation(self) -> int:
+        """Part of the names of the files that count now."""
+        return self._saved.generation
 
     @property
     def snapshot(self) -> Snapshot:
         """The newest version; cheap, takes no lock."""
-        return self._snapshot
+        return self._published.newest
 
     def index_ids(self) -> None:
         """Make ready to find rows by their ids, unless that is done; searching needs it not.
 
         Takes a fraction of a second for a million rows. Who needs it before waits for it.
         """
-        self._table.index(self._stored_ids())
+        contents = self._contents
+        contents.table.index(contents.stored_ids())
 
     @property
     def n_dead_rows(self) -> int:
         """Rows of replaced and deleted items."""
-        return self._table.n_dead
+        return self._contents.table.n_dead
 
     @property
     def n_missing_features(self) -> int:
         """Alive rows whose feature is missing."""
         damaged = self._checks.damaged_rows()
-        return self._table.n_missing + sum(not self._table.is_dead(row) for row in damaged)
+        table = self._contents.table
+        return table.n_missing + sum(not table.is_dead(row) for row in damaged)
 
     @property
     def checks(self) -> FeatureChecks:
@@ -192,7 +165,7 @@ class LocalCollection:
         Who touches a mapped page behind the end of a file is killed by the system.
         """
         with self._lock:
-            return "" if self._closed else self._arrays.trouble()
+            return "" if self._closed else self._contents.arrays.trouble()
 
     @property
     def pending(self) -> tuple[int, int]:
@@ -202,24 +175,12 @@ class LocalCollection:
     @property
     def segment_bytes(self) -> int:
         """How long a full file of features is; for codes only, how many rows it would have."""
-        return self._arrays.rows_per_segment * max(layout.feature_bytes(self.spec), 1)
+        return self._contents.arrays.rows_per_segment * max(layout.feature_bytes(self.spec), 1)
 
     def frozen(self) -> Frozen:
         """Return everything in the files at this moment, for who compares it."""
         with self._lock:
-            arrays = self._arrays
-            return Frozen(
-                seq=self.seq,
-                generation=self.generation,
-                rows_per_segment=arrays.rows_per_segment,
-                words=arrays.words(),
-                records=arrays.records(),
-                deaths=arrays.death_records(),
-                ids=arrays.id_bytes(),
-                payloads=arrays.payload_bytes(),
-                tags=arrays.tag_bytes(),
-                table=self._table,
-            )
+            return self._contents.frozen(self.seq, self.generation)
 
     def frozen_with_checks(self) -> tuple[Frozen, FeatureChecks]:
         """Return `frozen`, and what is known of its features."""
@@ -246,18 +207,7 @@ class LocalCollection:
         DeadlineError
             It does not come within `deadline_s`.
         """
-        snapshot = self._snapshot
-        if snapshot.version >= version:
-            return snapshot
-        with self._published:
-            if not self._published.wait_for(
-                lambda: self._snapshot.version >= version, timeout=max(deadline_s, 0)
-            ):
-                raise DeadlineError(
-                    f"Version {version} of {self.spec.name} has not come within {deadline_s:g} s; "
-                    f"this replica has {self._snapshot.version}."
-                )
-            return self._snapshot
+        return self._published.wait_for(version, deadline_s)
 
     def apply(self, records: Sequence[LogRecord]) -> None:
         """Apply the writes that follow `seq`, and publish what comes of them.
@@ -268,28 +218,7 @@ class LocalCollection:
             The disk is full or broken. Nothing was applied; trying again is safe.
         """
         with self._lock:
-            puts, deaths = self._table.sort_out(records, self._stored_ids())
-            id_end, payload_end, tags_end = self._arrays.ends()
-            ids = [record.id.encode() for record in puts]
-            rows = np.zeros(len(puts), dtype=layout.ROW)
-            rows["seq"] = [record.seq for record in puts]
-            rows["id_end"] = id_end + _running_total([len(item_id) for item_id in ids])
-            rows["payload_end"] = payload_end + _running_total([len(r.payload) for r in puts])
-            rows["tags_end"] = tags_end + _running_total([len(r.tags) for r in puts])
-            rows["expires_ms"] = [record.expires_ms for record in puts]
-            rows["feature_crc32"] = [zlib.crc32(record.feature) for record in puts]
-            packed = np.frombuffer(b"".join([record.code for record in puts]), dtype=np.uint8)
-            self._arrays.append(
-                packed=packed.reshape(len(puts), codes.n_bytes(self.spec.n_bits)),
-                records=rows,
-                ids=b"".join(ids),
-                payloads=b"".join([record.payload for record in puts]),
-                tags=b"".join([record.tags for record in puts]),
-                features=b"".join([record.feature for record in puts]),
-                deaths=np.array(deaths, dtype=layout.DEATH),
-            )
-            self._table.extend([record.id for record in puts], self._stored_ids())
-            self._table.kill(np.array([row for row, _ in deaths], dtype=np.int64))
+            self._contents.apply(records)
             self.seq = records[-1].seq
             self.log_crc32 = zlib.crc32(records[-1].raw)
             self._rows_since_checkpoint += len(records)
@@ -312,27 +241,15 @@ class LocalCollection:
             self.check_disk()
             with self._lock:
                 seq, erased_seq = self.seq, self.erased_seq
-                saved = (self.checkpoint_seq, self._saved_erased_seq)
+                saved = (self._saved.seq, self._saved.erased_seq)
                 if (seq, erased_seq) == saved or self._closed:
-                    return self.checkpoint_seq
-                files, unsynced, new_names = self._arrays.state()
-                state = self._manifest(self._arrays, self.generation, erased_seq, files)
+                    return self._saved.seq
+                files, unsynced, new_names = self._contents.arrays.state()
+                state = self._manifest(self._contents.arrays, self.generation, erased_seq, files)
                 self._rows_since_checkpoint = self._bytes_since_checkpoint = 0
-            try:
-                reach("checkpoint.begin")
-                for file in unsynced:
-                    file.sync()
-                    reach("checkpoint.sync")
-                if new_names:
-                    manifest.sync_directory(self.directory)
-            except OSError as error:
-                # The kernel may have dropped the pages and would report success the next time.
-                self._failed_sync = str(error)
-                raise
-            manifest.write(self.directory, state)
-            self.checkpoint_seq, self._saved_erased_seq = seq, erased_seq
+            self._saved.checkpoint(state, unsynced, has_new_names=new_names)
             with self._lock:
-                self._arrays.retire(unsynced)
+                self._contents.arrays.retire(unsynced)
             return seq
 
     def check_disk(self) -> None:
@@ -346,17 +263,12 @@ class LocalCollection:
 
     def disk_trouble(self) -> DataLossError | None:
         """Return what `check_disk` would raise."""
-        if not self._failed_sync:
-            return None
-        return DataLossError(
-            f"The disk under {self.directory} lost writes ({self._failed_sync}). Searching goes "
-            "on; mend the disk, then restart the search service: Redis has what was acknowledged."
-        )
+        return self._saved.trouble()
 
     def prefix(self) -> Prefix:
         """Return what of the files counts now; it stays true while they grow."""
         with self._lock:
-            return self._prefix()
+            return self._contents.prefix(self.seq)
 
     def note_erased(self) -> bool:
         """If no row is dead, let this version count as erased, and tell so.
@@ -364,7 +276,7 @@ class LocalCollection:
         The next checkpoint makes that last.
         """
         with self._lock:
-            if self._table.n_dead:
+            if self._contents.table.n_dead:
                 return False
             self.erased_seq = self.seq
             return True
@@ -405,28 +317,14 @@ class LocalCollection:
             self.check_disk()
             if self._closed:
                 raise CancelledError(f"{self.spec.name} was closed.")
-            finish(self._prefix())
+            finish(self._contents.prefix(self.seq))
             files, unsynced, _ = arrays.state()
-            for file in unsynced:
-                reach("compact.sync")
-                file.sync()
-            manifest.sync_directory(self.directory)
-            generation = self.generation + 1
-            reach("compact.manifest")
-            try:
-                state = self._manifest(arrays, generation, erased_seq, files)
-                manifest.write(self.directory, state)
-            except OSError as error:
-                with contextlib.suppress(DataLossError):
-                    if manifest.read(self.directory).generation != generation:
-                        raise
-                self._failed_sync = str(error)
-            old, self._arrays, self._table = self._arrays, arrays, table
+            self._saved.switch(
+                self._manifest(arrays, self.generation + 1, erased_seq, files), unsynced
+            )
+            old, self._contents = self._contents.arrays, Contents(self.spec, arrays, table)
             # Who copied them has checked them.
             self._checks = FeatureChecks(0, self._note_damage)
-            self.generation = generation
-            self._saved_erased_seq = erased_seq
-            self.checkpoint_seq = self.seq
             self._rows_since_checkpoint = self._bytes_since_checkpoint = 0
             self._publish()
             old.close()
@@ -453,60 +351,23 @@ class LocalCollection:
         with self._checkpoint_lock:
             if self._closed:
                 raise UnavailableError(f"{self.spec.name} is closed.")
-            loaded = manifest.read(self.directory)
-            directory.mkdir()
-            try:
-                for name in (manifest.MANIFEST, *loaded.files):
-                    os.link(self.directory / name, directory / name)
-            except BaseException:
-                shutil.rmtree(directory, ignore_errors=True)
-                raise
-            return loaded
+            return self._saved.link_to(directory)
 
     def close(self) -> None:
         """Give the descriptors back; snapshots that are in use stay valid."""
         with self._checkpoint_lock, self._lock:
             self._closed = True
-            self._arrays.close()
+            self._contents.arrays.close()
 
     def remove(self) -> None:
         """Close, and delete the files; snapshots that are in use stay valid."""
         self.close()
         data_dir.discard(self.directory)
 
-    def _check_of(self, arrays: Arrays) -> ChecksAt:
-        return ChecksAt(
-            self._checks,
-            arrays.features(),
-            arrays.rows_per_segment,
-            arrays.records()["feature_crc32"],
-        )
-
     def _note_damage(self, rows: NDArray[np.int64]) -> None:
         """Say once which features are damaged; searches find out by themselves."""
-        shown = ", ".join(map(str, rows[:_SHOWN_ROWS].tolist()))
-        logger.error(
-            "%d features of %s do not match their checksums (%s of generation %d, rows %s%s): they "
-            "are not served. Verify with repair brings them back where another replica has them.",
-            len(rows),
-            self.spec.name,
-            self.directory,
-            self.generation,
-            shown,
-            ", ..." if len(rows) > _SHOWN_ROWS else "",
-        )
+        log_damage(rows, self.spec.name, self.directory, self.generation)
         self.on_damage(len(rows))
-
-    def _prefix(self) -> Prefix:
-        arrays = self._arrays
-        return Prefix(
-            rows=arrays.rows,
-            deaths=arrays.deaths,
-            seq=self.seq,
-            dead=self._table.dead_flags(),
-            records=arrays.records(),
-            files=arrays.lengths(),
-        )
 
     def _manifest(
         self, arrays: Arrays, generation: int, erased_seq: int, files: dict[str, FileState]
@@ -528,42 +389,8 @@ class LocalCollection:
     def _publish(self) -> None:
         snapshot = self._build()
         snapshot.ids.index_tags()  # A little at a time: what has just come, as a rule.
-        with self._published:
-            self._snapshot = snapshot
-            self._published.notify_all()
-
-    def _stored_ids(self) -> StoredIds:
-        return StoredIds(self._arrays.id_bytes(), self._arrays.records())
+        self._published.publish(snapshot)
 
     def _build(self) -> Snapshot:
-        """Make the snapshot of what is applied."""
-        arrays, table = self._arrays, self._table
-        dead = table.dead_flags()
-        return Snapshot(
-            n_bits=self.spec.n_bits,
-            dim=self.spec.dim,
-            feature_dtype=self.spec.feature_dtype,
-            version=self.seq,
-            rows=arrays.rows,
-            n_alive=arrays.rows - table.n_dead,
-            words=arrays.words(),
-            ids=RowsAt(
-                table,
-                arrays.rows,
-                dead,
-                self._stored_ids(),
-                arrays.payload_bytes(),
-                arrays.tag_bytes(),
-            ),
-            features=arrays.features(),
-            rows_per_segment=arrays.rows_per_segment,
-            dead=dead,
-            has_feature=table.has_feature_flags(),
-            feature_check=self._check_of(arrays) if self.spec.dim else None,
-            model_id=self.spec.model_id,
-            table_id=f"{self.epoch}/{self.generation}/{self._load_id}",
-        )
-
-
-def _running_total(lengths: list[int]) -> NDArray[np.uint64]:
-    return np.cumsum(np.array(lengths, dtype=np.uint64), dtype=np.uint64)
+        table_id = f"{self.epoch}/{self.generation}/{self._load_id}"
+        return self._contents.snapshot(self.seq, table_id, self._checks)

@@ -13,7 +13,7 @@ from hashlens.types import (
     CollectionSpec,
 )
 from search_service.storage import layout
-from search_service.storage.catalog import Raw
+from search_service.storage.chunks import Raw
 from search_service.storage.records import Record
 
 

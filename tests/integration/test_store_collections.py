@@ -22,7 +22,7 @@ from hashlens.errors import (
 )
 from hashlens.types import CollectionSpec, DeleteResult, FeatureDtype
 from search_service.storage import Collection, Record, Store, StoreConfig
-from search_service.storage import collection as collection_module
+from search_service.storage import writer as writer_module
 from search_service.storage.layout import LogRecord
 from search_service.storage.local import LocalCollection
 from tests.support.redis_server import RedisServer, server_binaries
@@ -230,7 +230,7 @@ def test_writers_wait_for_files_that_fall_behind(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The log is in Redis's memory until the files have it.
-    monkeypatch.setattr(collection_module, "_MAX_LAG_BYTES", 1)
+    monkeypatch.setattr(writer_module, "_MAX_LAG_BYTES", 1)
     opened = threading.Event()
     apply = LocalCollection.apply
 

@@ -12,8 +12,9 @@ import redis
 
 from hashlens.errors import DeadlineError, InvalidInputError, NotFoundError, PreconditionError
 from hashlens.types import CollectionSpec, FeatureDtype
-from search_service.storage import Record, catalog, layout, scripts
-from search_service.storage.catalog import Catalog, Raw
+from search_service.storage import Record, catalog, chunks, layout, scripts
+from search_service.storage.catalog import Catalog
+from search_service.storage.chunks import Raw
 from search_service.storage.connection import run_script
 from search_service.storage.keys import Keys, Meta
 from search_service.storage.replicas import Identity
@@ -95,7 +96,7 @@ def test_replacing_and_removing(truth: Catalog, client: redis.Redis, new_name: N
 def test_a_repeated_write_changes_nothing(
     truth: Catalog, client: redis.Redis, new_name: Names, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catalog, "CHUNK_ITEMS", 3)
+    monkeypatch.setattr(chunks, "CHUNK_ITEMS", 3)
     meta = truth.create(spec_of(new_name()), S)
     items = raws(make_records(meta.spec, 10))
     first = truth.put(meta, items, request_id="same", deadline_s=S)
@@ -129,7 +130,7 @@ def test_a_redis_that_went_back_gets_no_writes(
 def test_a_redis_that_goes_back_between_chunks_gets_no_more(
     truth: Catalog, client: redis.Redis, new_name: Names, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catalog, "CHUNK_ITEMS", 4)
+    monkeypatch.setattr(chunks, "CHUNK_ITEMS", 4)
     meta = truth.create(spec_of(new_name()), S)
     run, calls = truth._script, iter([1, 0])
 
@@ -146,7 +147,7 @@ def test_a_redis_that_goes_back_between_chunks_gets_no_more(
 def test_a_write_that_was_interrupted_between_chunks_is_completed(
     truth: Catalog, client: redis.Redis, new_name: Names, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catalog, "CHUNK_ITEMS", 4)
+    monkeypatch.setattr(chunks, "CHUNK_ITEMS", 4)
     meta, model = truth.create(spec_of(new_name()), S), Model()
     records = make_records(meta.spec, 11)
     run, calls = truth._script, iter([1, 1, 0])
@@ -226,7 +227,7 @@ def test_large_items_are_cut_into_calls_of_their_own(
     rng = np.random.default_rng(2)
     records = [make_record(spec, f"i{n}", rng, rng.bytes(65_536)) for n in range(60)]
     items = raws(records)
-    assert sum(len(item.record) for item in items) > catalog.CHUNK_BYTES
+    assert sum(len(item.record) for item in items) > chunks.CHUNK_BYTES
     assert truth.put(meta, items, request_id="r", deadline_s=S) == (60, 60)
     model.upsert(records)
     assert_in_redis(client, spec.name, model)
@@ -359,7 +360,7 @@ def test_a_slow_drop_does_not_touch_what_was_restored(
 def test_a_write_that_runs_out_of_time_can_be_completed(
     truth: Catalog, client: redis.Redis, new_name: Names, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catalog, "CHUNK_ITEMS", 4)
+    monkeypatch.setattr(chunks, "CHUNK_ITEMS", 4)
     meta, model = truth.create(spec_of(new_name()), S), Model()
     records = make_records(meta.spec, 10)
     run, clock = truth._script, [0.0]

@@ -14,7 +14,8 @@ import redis
 from hashlens.errors import PreconditionError
 from hashlens.types import CollectionSpec, FeatureDtype
 from search_service.storage import Collection, Record, Store, StoreConfig, layout
-from search_service.storage.catalog import Catalog, Raw
+from search_service.storage.catalog import Catalog
+from search_service.storage.chunks import Raw
 from search_service.storage.due import DueRows
 from tests.support.redis_server import RedisServer, server_binaries
 from tests.support.stores import (

@@ -17,7 +17,8 @@ import redis
 
 from hashlens.errors import CancelledError, OverloadedError, PreconditionError
 from search_service.storage import Store, StoreConfig
-from search_service.storage.catalog import Catalog, Raw
+from search_service.storage.catalog import Catalog
+from search_service.storage.chunks import Raw
 from search_service.storage.differences import Differences
 from search_service.storage.file_checks import check_features, check_files
 from search_service.storage.layout import bucket_of

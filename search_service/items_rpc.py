@@ -1,0 +1,89 @@
+"""RPCs that write items, delete them and read them back."""
+
+from __future__ import annotations
+
+import asyncio
+
+from hashlens import convert
+from hashlens.rpc.limits import check_size
+from hashlens.v1 import search_service_pb2 as spb
+from search_service import checks, writes
+from search_service.calls import Calls, Context
+from search_service.images import ImageEncoder
+from search_service.items import items_of
+
+
+class ItemsRpc(Calls):
+    """Answers what is asked about single items."""
+
+    _images: ImageEncoder
+
+    async def Upsert(  # noqa: N802 - the contract's name
+        self, request: spb.UpsertRequest, context: Context
+    ) -> spb.UpsertResponse:
+        """Write items; an image that cannot be read fails alone."""
+        ends_s = self._ends_s(context)
+        collection = await self._collection(request.collection, context)
+        request_id = writes.request_id_of(request.request_id)
+        write = await writes.prepare(request, collection.spec, self._images, ends_s)
+        version = await self._in_store(
+            lambda left_s: collection.upsert(
+                write.records,
+                request_id=request_id,
+                deadline_s=left_s,
+                content=write.content(),
+            ),
+            ends_s,
+        )
+        return spb.UpsertResponse(
+            version=version, n_written=len(write.records), failures=write.failures
+        )
+
+    async def Delete(  # noqa: N802 - the contract's name
+        self, request: spb.DeleteRequest, context: Context
+    ) -> spb.DeleteResponse:
+        """Remove items by id."""
+        ends_s = self._ends_s(context)
+        collection = await self._collection(request.collection, context)
+        request_id = writes.request_id_of(request.request_id)
+        ids = [
+            convert.check_id(item_id, field=f"ids[{i}]") for i, item_id in enumerate(request.ids)
+        ]
+        result = await self._in_store(
+            lambda left_s: collection.delete(ids, request_id=request_id, deadline_s=left_s), ends_s
+        )
+        return spb.DeleteResponse(version=result.version, n_deleted=result.n_deleted)
+
+    async def GetItems(  # noqa: N802 - the contract's name
+        self, request: spb.GetItemsRequest, context: Context
+    ) -> spb.GetItemsResponse:
+        """Read items back."""
+        collection = await self._collection(request.collection, context)
+        ids = [
+            convert.check_id(item_id, field=f"ids[{i}]") for i, item_id in enumerate(request.ids)
+        ]
+        snapshot = await self._reached(collection, request.min_version, self._ends_s(context))
+        checks.check_reply_fits(
+            len(ids),
+            snapshot,
+            with_code=True,
+            with_feature=request.with_feature,
+            max_message_bytes=self._config.max_message_bytes,
+        )
+
+        def read() -> spb.GetItemsResponse:
+            items = items_of(
+                snapshot,
+                ids,
+                with_feature=request.with_feature,
+                with_payload=request.with_payload,
+            )
+            return spb.GetItemsResponse(
+                items=map(convert.item_to_proto, items), version=snapshot.version
+            )
+
+        reply = await asyncio.to_thread(read)
+        check_size(
+            reply.ByteSize(), self._config.max_message_bytes, "ask for fewer, or without features"
+        )
+        return reply
