@@ -119,6 +119,8 @@ def put_back(
             "digit.",
             field="as",
         )
+    if (config.data_dir / "LOCK").exists():  # refused before, not after, hours of reading
+        os.close(data_dir.lock(config.data_dir))
     pace = Pace(config.mb_per_s * 1e6, report)
     jobs = []
     for name in wanted:

@@ -126,8 +126,10 @@ def test_what_is_there_is_never_overwritten(
         assert client.dbsize() == 0
     put_back(output, target, [CODES.name], "another", quiet)
     opened = Store.open(StoreConfig(data_dir=target.data_dir, redis_url=target.redis_url))
+    said: list[str] = []
     with opened, pytest.raises(PreconditionError, match="in use"):
-        put_back(output, target, [FULL.name], None, quiet)
+        put_back(output, target, [FULL.name], None, said.append)
+    assert not said, "it read the backup first"
 
 
 def test_what_cannot_be_is_refused(
