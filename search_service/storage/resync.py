@@ -54,7 +54,8 @@ class ResyncConfig:
     silence_s: float
     """A peer that was silent for longer is not asked, in seconds."""
     patience_s: float
-    """How long to try peers that do not serve, before Redis is asked, in seconds."""
+    """How long to wait for peers that do not serve or are silent, before Redis is asked, in
+    seconds."""
 
     def directory(self, name: str) -> Path:
         """Return where a collection's files are."""
@@ -265,8 +266,11 @@ class Resyncer:
         found = self._catalog.replicas.look(
             meta, self._config.timeout_s, silence_s=self._config.silence_s
         )
-        others = [i for i in found.infos if i.live and i.address and i.id != self._replica.id]
-        troubles: list[str] = []
+        known = [i for i in found.infos if i.address and i.id != self._replica.id]
+        others = [i for i in known if i.live]
+        # After an outage of all, the first one back is not to lose what the next one brings.
+        silent = [i for i in known if not i.live and i.checkpoint_version]
+        troubles = [f"{i.address}: silent for {i.silent_ms / 1000:.0f} s" for i in silent]
         retry_after_s = 0.0
         for peer in sorted(others, key=lambda info: -info.checkpoint_version):
             collection.note(f"Its files are being copied from {peer.address}.")

@@ -166,13 +166,27 @@ def test_without_a_peer_the_files_are_made_anew_from_redis(config_for: ConfigFor
     with replica(config_for("a")) as a:
         fill(a.create(SPEC), model, 100, seed=1)
         trimmed(a, model)
-    with replica(config_for("b", replica_silence_s=0.001)) as b:
+    with replica(config_for("b", replica_silence_s=0.001, resync_patience_s=0.1)) as b:
         wait_until(lambda: b.get("c").info().writable, "the replica follows", WITHIN_S)
         info = b.get("c").info()
         assert (info.version, info.n_items) == (model.version, len(model.items))
         assert (b.counters.n_copied, b.counters.n_rebuilt) == (0, 1)
         # Nobody has their features any more.
         assert info.n_missing_features == len(model.items)
+
+
+def test_a_peer_that_was_silent_is_waited_for(config_for: ConfigFor) -> None:
+    # As after an outage of all: whoever is back first is not to lose what the next one brings.
+    model = Model()
+    with replica(config_for("a")) as a:
+        fill(a.create(SPEC), model, 100, seed=1)
+        trimmed(a, model)
+    config = config_for("b", replica_silence_s=0.5, resync_patience_s=3600.0)
+    with replica(config) as b:
+        wait_until(lambda: "silent for" in b.get("c").info().detail, "it is missed", WITHIN_S)
+        with replica(config_for("a")):
+            assert assert_follows(b, model).info().n_missing_features == 0
+        assert (b.counters.n_copied, b.counters.n_rebuilt) == (1, 0)
 
 
 def test_a_source_with_a_flipped_byte_is_not_believed(config_for: ConfigFor) -> None:
