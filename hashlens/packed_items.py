@@ -84,10 +84,17 @@ class PackedItems:
             codes=np.frombuffer(b"".join([one.code for one in known]), dtype=np.uint8).reshape(
                 len(items), code_bytes
             ),
-            features=None if feature is None else np.stack([one.feature for one in known]),  # type: ignore[misc]
+            features=None if feature is None else _stacked([one.feature for one in known]),
             payload_bytes=b"".join(payloads),
             payload_ends=_ends(payloads) if has_payloads else None,
         )
+
+
+def _stacked(features: list[NDArray[Any] | None]) -> NDArray[Any]:
+    """Return features of one kind as rows, in bytes that can be sent as they are."""
+    rows = [np.ascontiguousarray(feature) for feature in features if feature is not None]
+    data = b"".join([row.data for row in rows])
+    return np.frombuffer(data, dtype=rows[0].dtype).reshape(len(rows), -1)
 
 
 def _ends(parts: list[bytes]) -> NDArray[np.uint32]:

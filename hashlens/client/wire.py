@@ -130,7 +130,7 @@ class Wire:
             if packed is None:
                 request.items.extend(map(convert.item_to_proto, chunk))
             else:
-                request.packed.CopyFrom(convert.packed_items_to_proto(packed))
+                convert.packed_items_to_proto(packed, request.packed)
             self._check_size(request.ByteSize(), _SPLIT)
             yield request
 

@@ -18,23 +18,33 @@ from hashlens.v1 import search_service_pb2 as spb
 _CONTROLS = re.compile(rb"[\x00-\x1f\x7f]")
 
 
-def packed_items_to_proto(items: PackedItems) -> spb.PackedItems:
-    """Return the wire form."""
-    message = spb.PackedItems(
-        model_id=items.model_id,
-        n_bits=items.n_bits,
-        ids=items.id_bytes,
-        id_ends=items.id_ends.astype("<u4", copy=False).tobytes(),
-        codes=items.codes.tobytes(),
-        payloads=items.payload_bytes,
-    )
+def packed_items_to_proto(
+    items: PackedItems, message: spb.PackedItems | None = None
+) -> spb.PackedItems:
+    """Return the wire form, in `message` if one is given: copying it there costs as much again."""
+    message = spb.PackedItems() if message is None else message
+    message.model_id = items.model_id
+    message.n_bits = items.n_bits
+    message.ids = items.id_bytes
+    message.id_ends = items.id_ends.astype("<u4", copy=False).tobytes()
+    message.codes = items.codes.tobytes()
+    message.payloads = items.payload_bytes
     if items.features is not None:
         message.dim = items.features.shape[1]
         message.feature_dtype = dtype_to_proto(FeatureDtype.of(items.features))
-        message.features = items.features.tobytes()
+        message.features = _bytes_of(items.features)
     if items.payload_ends is not None:
         message.payload_ends = items.payload_ends.astype("<u4", copy=False).tobytes()
     return message
+
+
+def _bytes_of(features: NDArray[Any]) -> bytes:
+    """Return the numbers of features; those of `PackedItems.of` are bytes already."""
+    base: Any = features
+    while isinstance(base, np.ndarray):
+        base = base.base
+    whole = isinstance(base, bytes) and len(base) == features.nbytes
+    return base if whole and features.flags.c_contiguous else features.tobytes()
 
 
 def packed_items_from_proto(message: spb.PackedItems) -> PackedItems:
