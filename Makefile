@@ -41,6 +41,7 @@ test: $(STAMP) ## Run the tests
 
 faults: $(STAMP) ## Crash the store at every named place, hundreds of times (FAULTS='--seed N')
 	$(BIN)/python -m tests.faults.campaign $(FAULTS)
+	$(BIN)/python -m tests.faults.chaos --minutes 3
 	STATEFUL_EXAMPLES=100 $(BIN)/python -m pytest -q --timeout 1800 tests/unit/storage/test_stateful.py
 
 check: $(STAMP) ## Format, lint, types, import contracts, protos, generated code

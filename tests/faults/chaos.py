@@ -1,6 +1,6 @@
 """Everything that may go wrong with several replicas, at random and at once; then all must agree.
 
-``python -m tests.faults.chaos --minutes 3 --seed 1``; a short form is part of the tests. A round
+``python -m tests.faults.chaos --minutes 3 --seed 1``, a part of ``make faults``. A round
 writes through all replicas while processes, Redis and files come to harm, then everything is put
 right and compared with what was acknowledged. The same seed chooses the same harm.
 """
