@@ -204,7 +204,6 @@ class Resyncer:
             return
         if self._peers is not None and self._copied(collection, meta, self._peers):
             self._replace(collection, lambda: self._put_copy(collection))
-            self._counters.n_copied += 1
             logger.info("%s is copied", name)
             return
         self._rebuild(collection, meta)
@@ -303,6 +302,7 @@ class Resyncer:
         reach("copy.rename")
         draft.rename(directory)
         manifest.sync_directory(directory.parent)
+        self._counters.n_copied += 1  # Before anybody can see that it is there.
 
     def _rebuild(self, collection: Collection, meta: Meta) -> None:
         """Make the files anew from what Redis holds, features from older files where they are."""
@@ -329,12 +329,15 @@ class Resyncer:
             stop=self._stop,
         )
 
+        def install() -> None:
+            rebuild.install(made, directory)
+            self._counters.n_rebuilt += 1
+
         try:
-            self._replace(collection, lambda: rebuild.install(made, directory))
+            self._replace(collection, install)
         finally:
             shutil.rmtree(made.directory, ignore_errors=True)
         shutil.rmtree(self._config.draft(name), ignore_errors=True)
-        self._counters.n_rebuilt += 1
         logger.info("%s is made anew; %d features are missing", name, made.n_missing_features)
 
     def _newest_quarantined(self, name: str) -> Path | None:
