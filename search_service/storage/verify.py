@@ -10,6 +10,7 @@ Memory: 9 bytes for each row, and a few thousand items.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from dataclasses import dataclass
 from typing import Final
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from hashlens import codes
 from hashlens.errors import CancelledError, DataLossError, UnavailableError
 from hashlens.types import CollectionSpec
+from search_service.storage import manifest
 from search_service.storage.buckets import ID_END, Batch, BucketReader
 from search_service.storage.differences import Differences
 from search_service.storage.digest import digest_of
@@ -30,6 +32,7 @@ from search_service.storage.local import LocalCollection
 
 _LOOKS_AT_ONCE: Final = 64
 _CATCH_UP_S: Final = 30.0
+_REWRITTEN: Final = "The files were rewritten meanwhile. Try again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,9 @@ def verify(
     frozen = local.frozen()
     check_rows(frozen, local.spec, differences, stop)
     check_features(local.directory, frozen, local.spec, differences, stop)
+    with contextlib.suppress(DataLossError):  # Which `check_files` has told.
+        if manifest.read(local.directory).generation != frozen.generation:
+            raise UnavailableError(_REWRITTEN)
     if lost:
         differences.add(lost)
         return _uncompared(frozen, buckets, differences)
@@ -268,7 +274,7 @@ class _Comparison:
         self._local.wait_for(seq, _CATCH_UP_S)
         now = self._local.frozen()
         if now.generation != self._base.generation:
-            raise UnavailableError("The files were rewritten meanwhile. Try again.")
+            raise UnavailableError(_REWRITTEN)
         return now
 
     @staticmethod

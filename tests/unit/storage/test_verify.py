@@ -10,12 +10,18 @@ import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import redis
 
-from hashlens.errors import CancelledError, OverloadedError, PreconditionError
+from hashlens.errors import (
+    CancelledError,
+    OverloadedError,
+    PreconditionError,
+    UnavailableError,
+)
 from search_service.storage import Store, StoreConfig
 from search_service.storage.catalog import Catalog
 from search_service.storage.chunks import Raw
@@ -63,6 +69,23 @@ def test_nothing_differs(around: Callable[..., Around]) -> None:
     assert (found.n_differences, found.differences) == (0, [])
     assert found.version == here.model.version
     assert found.n_catalog_items == found.n_array_items == len(here.model.items)
+
+
+@on_one_kind
+def test_a_compaction_meanwhile_is_no_difference(
+    around: Callable[..., Around], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = filled(around())
+
+    def compact_first(*arguments: Any) -> None:
+        here.collection.compact()
+        check_features(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("search_service.storage.verify.check_features", compact_first)
+        with pytest.raises(UnavailableError, match="rewritten meanwhile"):
+            verified(here)
+    assert verified(here).n_differences == 0
 
 
 def test_two_replicas_have_one_digest(
