@@ -29,6 +29,10 @@ def packed_records(items: PackedItems, spec: CollectionSpec) -> list[Raw]:
     width = 0 if items.features is None else items.features[:1].nbytes
     if items.n_bits != spec.n_bits or (len(items) and width != feature_bytes):
         raise InvalidInputError("Codes or features are not as long as the collection's.")
+    # A record that cannot be read again would stop every replica.
+    unused_bits = spec.n_bits % 8
+    if unused_bits and (items.codes[:, -1] >> unused_bits).any():
+        raise InvalidInputError("The bits behind a code's end are zero.")
     n = len(items)
     all_codes = items.codes.tobytes()
     features = memoryview(b"" if items.features is None else items.features.data).cast("B")
