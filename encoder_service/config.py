@@ -8,7 +8,7 @@ from typing import Literal
 
 from hashlens.config import setting
 from hashlens.errors import InvalidInputError
-from hashlens.rpc.server import ServerConfig
+from hashlens.rpc.server_config import ServerConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,9 @@ from encoder_service.model.checkpoint import default_checkpoint_path, load_check
 from encoder_service.pipeline import EncodePipeline
 from hashlens import convert
 from hashlens.errors import HashlensError, InvalidInputError
+from hashlens.rpc.deadline import deadline_s
 from hashlens.rpc.limits import check_size
 from hashlens.rpc.metrics import Metric
-from hashlens.rpc.server import deadline_s
 from hashlens.rpc.status import status_of
 from hashlens.types import Classifier, Encoded, FeatureDtype, ModelInfo
 from hashlens.v1 import encoder_service_pb2 as enc

@@ -7,6 +7,8 @@
     ├── NotFoundError          no such collection or id
     ├── AlreadyExistsError     a collection of that name is there, with another specification
     ├── PreconditionError      right request, wrong state: another model's embedding, say
+    ├── UnauthenticatedError   who are you? A token that the server knows is missing
+    ├── PermissionDeniedError  known, but not allowed to do this
     ├── OverloadedError        come back after `retry_after_s`
     ├── LimitError             a resource is used up: disk, memory
     ├── UnavailableError       a part that is needed is away: try again
@@ -97,6 +99,18 @@ class PreconditionError(HashlensError):
     def __init__(self, message: str, *, field: str = "") -> None:
         super().__init__(message)
         self.field = field
+
+
+class UnauthenticatedError(HashlensError):
+    """The caller has not shown who it is."""
+
+    is_input_error = True
+
+
+class PermissionDeniedError(HashlensError):
+    """The caller is known and may not do this."""
+
+    is_input_error = True
 
 
 class OverloadedError(HashlensError):

@@ -12,7 +12,7 @@ import grpc
 
 from hashlens import convert
 from hashlens.errors import DataLossError, DeadlineError, UnavailableError
-from hashlens.rpc.server import deadline_s
+from hashlens.rpc.deadline import deadline_s
 from hashlens.types import TagFilter
 from hashlens.v1 import search_service_pb2_grpc as spb_grpc
 from search_service import filtered

@@ -18,6 +18,7 @@ from hashlens.errors import (
     HashlensError,
     InvalidInputError,
 )
+from hashlens.rpc.channel import ChannelSecurity
 from hashlens.rpc.limits import check_size
 from hashlens.rpc.metrics import Metric
 from hashlens.rpc.status import status_of
@@ -133,7 +134,7 @@ class SearchServicer(CollectionsRpc, ItemsRpc, CompactRpc, VerifyRpc):
             scrub_mb_per_s=config.scrub_mb_per_s,
             scrub_interval_s=config.scrub_interval_s,
         )
-        peers = GrpcPeers(config.max_message_bytes)
+        peers = GrpcPeers(config.max_message_bytes, ChannelSecurity())
         # Kept, because a signal may end the waiting, but not the opening.
         self._opening = asyncio.ensure_future(asyncio.to_thread(Store.open, store_config, peers))
         opening_s = time.monotonic()

@@ -14,6 +14,7 @@ from hashlens.client import wire
 from hashlens.client.wire import ClientConfig, Wire, WriteTally
 from hashlens.errors import HashlensError
 from hashlens.rpc import limits
+from hashlens.rpc.channel import connect_aio
 from hashlens.rpc.status import error_of_call
 from hashlens.types import (
     AuditResult,
@@ -69,7 +70,8 @@ class AsyncClient:
         self._wire = Wire(self._config)
         options = limits.channel_options(self._config.max_message_bytes)
         self._channels = {
-            target: grpc.aio.insecure_channel(target, options) for target in {search, encoder}
+            target: connect_aio(target, options, self._config.security)
+            for target in {search, encoder}
         }
         self._search = spb_grpc.SearchServiceStub(self._channels[search])
         self._encoder = enc_grpc.EncoderServiceStub(self._channels[encoder])
@@ -440,7 +442,9 @@ class AsyncClient:
         self, request: spb.StreamBallRequest, deadline_s: float | None
     ) -> AsyncGenerator[BallPart]:
         call = self._search.StreamBall(
-            request, timeout=self._config.deadline_s if deadline_s is None else deadline_s
+            request,
+            timeout=self._config.deadline_s if deadline_s is None else deadline_s,
+            metadata=self._wire.metadata(),
         )
         try:
             async for message in call:
@@ -495,7 +499,9 @@ class AsyncClient:
     ) -> Any:
         try:
             return await method(
-                request, timeout=self._config.deadline_s if deadline_s is None else deadline_s
+                request,
+                timeout=self._config.deadline_s if deadline_s is None else deadline_s,
+                metadata=self._wire.metadata(),
             )
         except grpc.aio.AioRpcError as failure:
             raise error_of_call(failure) from None

@@ -14,6 +14,7 @@ from hashlens.client import wire
 from hashlens.client.wire import ClientConfig, Wire, WriteTally
 from hashlens.errors import HashlensError
 from hashlens.rpc import limits
+from hashlens.rpc.channel import connect
 from hashlens.rpc.status import error_of_call
 from hashlens.types import (
     AuditResult,
@@ -69,7 +70,7 @@ class Client:
         self._wire = Wire(self._config)
         options = limits.channel_options(self._config.max_message_bytes)
         self._channels = {
-            target: grpc.insecure_channel(target, options) for target in {search, encoder}
+            target: connect(target, options, self._config.security) for target in {search, encoder}
         }
         self._search = spb_grpc.SearchServiceStub(self._channels[search])
         self._encoder = enc_grpc.EncoderServiceStub(self._channels[encoder])
@@ -489,7 +490,9 @@ class Client:
     def _call(self, method: Callable[..., Any], request: Any, deadline_s: float | None) -> Any:
         try:
             return method(
-                request, timeout=self._config.deadline_s if deadline_s is None else deadline_s
+                request,
+                timeout=self._config.deadline_s if deadline_s is None else deadline_s,
+                metadata=self._wire.metadata(),
             )
         except grpc.RpcError as failure:
             raise error_of_call(failure) from None

@@ -15,6 +15,7 @@ from hashlens import codes, convert
 from hashlens.errors import HashlensError, InvalidInputError
 from hashlens.packed_items import PackedItems
 from hashlens.rpc import limits
+from hashlens.rpc.channel import ChannelSecurity
 from hashlens.rpc.status import error_of
 from hashlens.types import (
     CollectionInfo,
@@ -62,6 +63,8 @@ class ClientConfig:
     """Most items that one Upsert of embeddings carries: a call costs as much as some hundred."""
     chunk_bytes: int = 8 * 2**20
     """About how many bytes one Upsert or EncodeBatch carries, but for one larger item."""
+    security: ChannelSecurity = ChannelSecurity()
+    """How the services are known, and what is shown to them."""
 
     def __post_init__(self) -> None:
         if self.deadline_s <= 0:
@@ -80,6 +83,10 @@ class Wire:
     _epochs: dict[str, str] = field(default_factory=dict)
     """The incarnation that the versions belong to, where it is known."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Return what a call carries beside its request."""
+        return ()
 
     # -- encoder ---------------------------------------------------------------------------------
 

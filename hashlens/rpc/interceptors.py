@@ -6,17 +6,17 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from hashlens.errors import CancelledError, HashlensError, InvalidInputError, UnavailableError
 from hashlens.rpc import status
+from hashlens.rpc.refusal import Handler as _Handler
+from hashlens.rpc.refusal import refusing
 
 logger = logging.getLogger(__name__)
-
-_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
@@ -57,8 +57,8 @@ class GateInterceptor(grpc.aio.ServerInterceptor):
     """Answers UNAVAILABLE until it is opened and after it is closed; health is exempt."""
 
     def __init__(self) -> None:
-        self._refusal: _Handler | None = _refusing(
-            "the service is warming up: try again in a few seconds"
+        self._refusal: _Handler | None = refusing(
+            lambda: UnavailableError("the service is warming up: try again in a few seconds")
         )
 
     def open(self) -> None:
@@ -67,7 +67,9 @@ class GateInterceptor(grpc.aio.ServerInterceptor):
 
     def close(self) -> None:
         """Refuse calls from now on; those that have begun go on."""
-        self._refusal = _refusing("the service is stopping: try another, or again later")
+        self._refusal = refusing(
+            lambda: UnavailableError("the service is stopping: try another, or again later")
+        )
 
     async def intercept_service(
         self,
@@ -79,13 +81,6 @@ class GateInterceptor(grpc.aio.ServerInterceptor):
         if self._refusal is not None and not is_health:
             return self._refusal
         return await continuation(handler_call_details)
-
-
-def _refusing(message: str) -> _Handler:
-    async def refuse(_: Any, __: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        raise UnavailableError(message)
-
-    return grpc.unary_unary_rpc_method_handler(refuse)
 
 
 _UNREADABLE = object()

@@ -11,112 +11,25 @@ import os
 import signal
 import sys
 from collections.abc import Coroutine, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from hashlens.config import setting
-from hashlens.errors import DeadlineError, HashlensError, InvalidInputError
+from hashlens.errors import HashlensError
+from hashlens.rpc.health import HealthServicer
 from hashlens.rpc.interceptors import ErrorInterceptor, GateInterceptor
-from hashlens.rpc.limits import DEADLINE_S, MAX_MESSAGE_BYTES
-from hashlens.rpc.logs import LogFormat
 from hashlens.rpc.metrics import Metric, exposed
+from hashlens.rpc.ports import bind
+from hashlens.rpc.server_config import ServerConfig
 
 logger = logging.getLogger(__name__)
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
-_ANSWER_S = 0.5
-"""Time kept back from a call's deadline for its answer to travel, at most a fifth of it."""
-
 _LATECOMERS_S = 0.2
 """How long calls are still answered, with UNAVAILABLE, before the server closes its connections."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerConfig:
-    """What every server can be told; a service's own configuration extends it."""
-
-    listen: str = setting("127.0.0.1:0", "Address and port to serve on; port 0 takes a free one.")
-    max_message_bytes: int = setting(MAX_MESSAGE_BYTES, "Largest request or reply, in bytes.")
-    default_deadline_s: float = setting(
-        DEADLINE_S, "Time for a call whose client sets none, in seconds."
-    )
-    max_connection_age_s: float = setting(
-        300.0, "A connection is closed after this long, so that clients find new servers."
-    )
-    grace_s: float = setting(10.0, "Time that running calls get to end on SIGTERM, in seconds.")
-    metrics_listen: str = setting(
-        "", "Address and port of /metrics over HTTP, for Prometheus; empty: none."
-    )
-    log_level: str = setting("info", "Lowest level that is logged.")
-    log_format: LogFormat = setting("text", "How logs are written.")
-
-    def __post_init__(self) -> None:
-        for name in ("listen", "metrics_listen"):
-            value = getattr(self, name)
-            host, _, port = value.rpartition(":")
-            fits = bool(host) and port.isdecimal() and int(port) < 65536
-            if not fits and (value or name == "listen"):
-                raise InvalidInputError(f"{name} is host:port, not {value!r}", field=name)
-        if self.log_level.upper() not in logging.getLevelNamesMapping():
-            raise InvalidInputError(f"log_level {self.log_level!r} is none of logging's")
-        for name in ("max_message_bytes", "default_deadline_s", "max_connection_age_s"):
-            if getattr(self, name) <= 0:
-                raise InvalidInputError(f"{name} is above 0", field=name)
-        if self.grace_s < 0:
-            raise InvalidInputError("grace_s is 0 or more", field="grace_s")
-
-
-class HealthServicer(health.aio.HealthServicer):
-    """The standard health service, whose open watches end when the server stops.
-
-    Without that, ``stop(grace)`` would wait for all of its grace.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._watches: set[asyncio.Task[Any]] = set()
-
-    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802 - the contract's name
-        """Stream the status until the caller leaves or the server stops."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._watches.add(task)
-        try:
-            await super().Watch(request, context)
-        finally:
-            self._watches.discard(task)
-
-    async def end(self) -> None:
-        """Say NOT_SERVING to everybody, for good, and end the watches."""
-        await self.enter_graceful_shutdown()
-        await asyncio.sleep(0)  # Let the watches send it.
-        for task in list(self._watches):
-            task.cancel()
-
-
-def deadline_s(context: grpc.aio.ServicerContext[Any, Any], config: ServerConfig) -> float:
-    """Return the time that a handler has, in seconds.
-
-    A little less than what the client set, so that an answer such as "Redis is away" still reaches
-    it before it gives up.
-
-    Raises
-    ------
-    DeadlineError
-        None is left.
-    """
-    # None, whatever the stubs say, when the client set no deadline.
-    left_s = cast(float | None, context.time_remaining())
-    if left_s is None:
-        return config.default_deadline_s
-    if left_s <= 0:
-        raise DeadlineError("the deadline passed before the call was begun")
-    return left_s - min(_ANSWER_S, left_s / 5)
 
 
 class Service(Protocol):
@@ -176,14 +89,7 @@ async def serve(config: ServerConfig, service: Service) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    try:
-        port = server.add_insecure_port(config.listen)
-    except RuntimeError as error:
-        raise OSError(
-            f"cannot listen on {config.listen}: it is in use, or no address of this machine "
-            f"({error})"
-        ) from None
-    address = f"{config.listen.rpartition(':')[0]}:{port}"
+    address = bind(server, config)
     service.listens(address)
     await server.start()
     try:

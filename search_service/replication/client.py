@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import grpc
 
 from hashlens.errors import UnavailableError
+from hashlens.rpc.channel import ChannelSecurity, connect
 from hashlens.rpc.status import error_of_call
 from hashlens.v1 import replica_service_pb2 as rpb
 from hashlens.v1 import replica_service_pb2_grpc as rpb_grpc
@@ -22,6 +23,8 @@ class GrpcPeers:
     ----------
     max_message_bytes
         Largest reply.
+    security
+        How other replicas are known, and what is shown to them.
     list_s
         Time for a list of files, the peer's checkpoint included, in seconds.
     read_s
@@ -29,8 +32,14 @@ class GrpcPeers:
     """
 
     def __init__(
-        self, max_message_bytes: int, *, list_s: float = 30.0, read_s: float = 20.0
+        self,
+        max_message_bytes: int,
+        security: ChannelSecurity,
+        *,
+        list_s: float = 30.0,
+        read_s: float = 20.0,
     ) -> None:
+        self._security = security
         self._options = [
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.enable_retries", 0),
@@ -84,7 +93,7 @@ class GrpcPeers:
                 raise _closing()
             channel = self._channels.get(address)
             if channel is None:
-                channel = grpc.insecure_channel(address, self._options)
+                channel = connect(address, self._options, self._security)
                 self._channels[address] = channel
         return rpb_grpc.ReplicaServiceStub(channel)
 

@@ -18,6 +18,7 @@ from hashlens.errors import (
     PreconditionError,
     UnavailableError,
 )
+from hashlens.rpc.channel import ChannelSecurity
 from hashlens.types import CollectionSpec, FeatureDtype
 from hashlens.v1 import replica_service_pb2 as rpb
 from search_service.replication import servicer
@@ -254,7 +255,7 @@ def test_only_so_many_copies_at_a_time_and_no_other_files(
 ) -> None:
     monkeypatch.setattr("search_service.storage.leases.PART_BYTES", 512)
     model = Model()
-    peers = GrpcPeers(MAX_MESSAGE_BYTES)
+    peers = GrpcPeers(MAX_MESSAGE_BYTES, ChannelSecurity())
     # Slowly, so that the first is still at it when the second comes.
     with replica(config_for("a"), max_copies=1, bytes_per_s=2000.0) as a, contextlib.closing(peers):
         collection = a.create(SPEC)
@@ -302,7 +303,7 @@ def readable(peers: GrpcPeers, address: str, lease: str, name: str) -> bool:
 def test_leases_end_by_themselves_and_outlive_the_files(config_for: ConfigFor) -> None:
     model = Model()
     config = config_for("a", lease_s=1.0)
-    peers = GrpcPeers(MAX_MESSAGE_BYTES)
+    peers = GrpcPeers(MAX_MESSAGE_BYTES, ChannelSecurity())
     with replica(config) as a, contextlib.closing(peers):
         collection = a.create(SPEC)
         fill(collection, model, 100, seed=1)
@@ -464,7 +465,7 @@ def test_a_replica_with_writes_that_redis_lost_waits_for_an_operator(
 
 
 def test_a_peer_that_is_away_is_an_error_with_a_bound() -> None:
-    peers = GrpcPeers(MAX_MESSAGE_BYTES, list_s=2.0, read_s=2.0)
+    peers = GrpcPeers(MAX_MESSAGE_BYTES, ChannelSecurity(), list_s=2.0, read_s=2.0)
     with contextlib.closing(peers):
         with pytest.raises(UnavailableError):
             peers.list_files("127.0.0.1:1", "c", "e", 0)

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 
+from hashlens.rpc.channel import ChannelSecurity
 from hashlens.rpc.interceptors import ErrorInterceptor
 from hashlens.v1 import replica_service_pb2_grpc as rpb_grpc
 from search_service.replication.client import GrpcPeers
@@ -64,7 +65,7 @@ def replica(
     server = ReplicaServer(ServingLimits(max_copies, bytes_per_s))
     address = server.start()
     try:
-        peers = GrpcPeers(MAX_MESSAGE_BYTES, read_s=read_s)
+        peers = GrpcPeers(MAX_MESSAGE_BYTES, ChannelSecurity(), read_s=read_s)
         with Store.open(replace(config, address=address), peers) as store:
             server.servicer.serve(store)
             yield store

@@ -15,6 +15,8 @@ ALL = [
     errors.AlreadyExistsError("there already"),
     errors.PreconditionError("another model", field="query.embedding.model_id"),
     errors.PreconditionError("another epoch"),
+    errors.UnauthenticatedError("no token"),
+    errors.PermissionDeniedError("read only"),
     errors.OverloadedError("full", retry_after_s=0.25),
     errors.LimitError("disk full"),
     errors.UnavailableError("Redis is away"),
