@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -12,11 +12,13 @@ import grpc
 
 from encoder_service.config import EncoderConfig
 from encoder_service.encoder import Encoder
+from encoder_service.method_limits import METHOD_LIMITS
 from encoder_service.model.checkpoint import default_checkpoint_path, load_checkpoint
 from encoder_service.pipeline import EncodePipeline
 from hashlens import convert
 from hashlens.errors import HashlensError, InvalidInputError
 from hashlens.rpc.deadline import deadline_s
+from hashlens.rpc.health import ServiceState
 from hashlens.rpc.limits import check_size
 from hashlens.rpc.metrics import Metric
 from hashlens.rpc.status import status_of
@@ -43,8 +45,12 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
 
     names: Sequence[str] = ("hashlens.v1.EncoderService",)
 
+    method_limits: Mapping[str, int] = METHOD_LIMITS
+
     def __init__(self, config: EncoderConfig) -> None:
         self._config = config
+        self._state = ServiceState(is_ready=False, reasons=("loading the checkpoint",))
+        self.stopping = asyncio.Event()
         self._stack = AsyncExitStack()
         self._pipeline: EncodePipeline
         self._model: ModelInfo
@@ -68,6 +74,7 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
                 autocast=config.autocast,
             )
         )
+        self._state = ServiceState(is_ready=False, reasons=("warming up the model",))
         self._pipeline = await self._stack.enter_async_context(EncodePipeline(encoder, config))
         self._model = ModelInfo(
             model_id=encoder.model_id,
@@ -86,6 +93,7 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
             device=str(encoder.device),
             classifier=if_small(encoder.classifier),
         )
+        self._state = ServiceState()
         logger.info(
             "model %s: %s, %d bits, F7 %d wide, on %s",
             encoder.model_id,
@@ -94,6 +102,14 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
             encoder.dim,
             encoder.device,
         )
+
+    def state(self) -> ServiceState:
+        """Return how the service is."""
+        return self._state
+
+    def drain(self) -> None:
+        """Have streams that would go on for ever end: they look at `stopping`."""
+        self.stopping.set()
 
     def metrics(self) -> Iterable[Metric]:
         """Return what Prometheus is told: nothing yet."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -19,6 +19,7 @@ from hashlens.errors import (
     InvalidInputError,
 )
 from hashlens.rpc.channel import ChannelSecurity
+from hashlens.rpc.health import ServiceState
 from hashlens.rpc.limits import check_size
 from hashlens.rpc.metrics import Metric
 from hashlens.rpc.status import status_of
@@ -43,6 +44,8 @@ from search_service.images import ImageEncoder
 from search_service.index_keeper import IndexKeeper
 from search_service.items_rpc import ItemsRpc
 from search_service.maintenance import CompactRpc, Erasures
+from search_service.method_limits import METHOD_LIMITS
+from search_service.readiness import Readiness
 from search_service.replication.client import GrpcPeers
 from search_service.replication.servicer import ReplicaServicer, ServingLimits
 from search_service.sketches import Sketches
@@ -70,8 +73,13 @@ class SearchServicer(CollectionsRpc, ItemsRpc, CompactRpc, VerifyRpc):
 
     names: Sequence[str] = ("hashlens.v1.SearchService", "hashlens.v1.ReplicaService")
 
+    method_limits: Mapping[str, int] = METHOD_LIMITS
+
     def __init__(self, config: SearchConfig) -> None:
         self._config = config
+        self._readiness = Readiness(config.stuck_s)
+        self._is_open = False
+        self.stopping = asyncio.Event()
         self._stack = AsyncExitStack()
         self._threads = ThreadPoolExecutor(config.n_store_threads, thread_name_prefix="store")
         sketches = Sketches(config.sketch_memory_mb << 20) if config.sketch_memory_mb else None
@@ -113,6 +121,7 @@ class SearchServicer(CollectionsRpc, ItemsRpc, CompactRpc, VerifyRpc):
         """Open the store, compile the kernels, reach for the encoder."""
         config = self._config
         began_s = time.monotonic()
+        self._readiness.stage = "starting the kernels' threads"
         self._executor = await asyncio.to_thread(
             lambda: Executor(n_threads=config.n_threads, max_queue=config.max_queue)
         )
@@ -135,19 +144,32 @@ class SearchServicer(CollectionsRpc, ItemsRpc, CompactRpc, VerifyRpc):
             scrub_interval_s=config.scrub_interval_s,
         )
         peers = GrpcPeers(config.max_message_bytes, ChannelSecurity())
+        self._readiness.stage = "opening the store"
         # Kept, because a signal may end the waiting, but not the opening.
         self._opening = asyncio.ensure_future(asyncio.to_thread(Store.open, store_config, peers))
         opening_s = time.monotonic()
         self._store = await asyncio.shield(self._opening)
         self._replicas.serve(self._store)
         opened_s = time.monotonic()
+        self._readiness.stage = "compiling the kernels"
         await self._executor.run(lambda cancel: self._engine.warm_up())
+        self._is_open = True
         for stage, took_s in (
             ("executor", opening_s - began_s),
             ("store", opened_s - opening_s),
             ("kernels", time.monotonic() - opened_s),
         ):
             logger.info("ready stage %s: %.3f s", stage, took_s)
+
+    def state(self) -> ServiceState:
+        """Return how the service is."""
+        if not self._is_open:
+            return self._readiness.while_starting()
+        return self._readiness.of(self._executor, self._store.collections())
+
+    def drain(self) -> None:
+        """Have streams that would go on for ever end: they look at `stopping`."""
+        self.stopping.set()
 
     def metrics(self) -> Iterable[Metric]:
         """Return what Prometheus is told."""

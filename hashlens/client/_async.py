@@ -482,16 +482,28 @@ class AsyncClient:
     # -- health ----------------------------------------------------------------------------------
 
     async def health(self, *, deadline_s: float = 5.0) -> list[ServiceHealth]:
-        """Return whether each service serves; never raises."""
+        """Return whether each service serves, and what it says of itself; never raises."""
         found = []
         for target, channel in sorted(self._channels.items()):
-            stub = health_pb2_grpc.HealthStub(channel)
+            check = health_pb2_grpc.HealthStub(channel).Check
+            replies: list[health_pb2.HealthCheckResponse | None] = []
+            trailing: Any = ()
             try:
-                reply = await self._call(stub.Check, health_pb2.HealthCheckRequest(), deadline_s)
+                for name in wire.HEALTH_NAMES:
+                    request = health_pb2.HealthCheckRequest(service=name)
+                    call = check(request, timeout=deadline_s)
+                    try:
+                        replies.append(await call)
+                    except grpc.RpcError as failure:
+                        if not name or failure.code() is not grpc.StatusCode.NOT_FOUND:
+                            raise error_of_call(failure) from None
+                        replies.append(None)
+                    else:
+                        trailing = trailing or await call.trailing_metadata()
             except HashlensError as error:
                 found.append(ServiceHealth(target=target, serving=False, detail=error.message))
             else:
-                found.append(wire.health_of(target, reply))
+                found.append(wire.health_of(target, replies, trailing))
         return found
 
     async def _call(

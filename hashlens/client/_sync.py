@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hashlens import convert
 from hashlens.client import wire
 from hashlens.client.wire import ClientConfig, Wire, WriteTally
-from hashlens.errors import HashlensError
+from hashlens.errors import HashlensError, NotFoundError
 from hashlens.rpc import limits
 from hashlens.rpc.channel import connect
 from hashlens.rpc.status import error_of_call
@@ -475,16 +475,28 @@ class Client:
     # -- health ----------------------------------------------------------------------------------
 
     def health(self, *, deadline_s: float = 5.0) -> list[ServiceHealth]:
-        """Return whether each service serves; never raises."""
+        """Return whether each service serves, and what it says of itself; never raises."""
         found = []
         for target, channel in sorted(self._channels.items()):
-            stub = health_pb2_grpc.HealthStub(channel)
+            check = health_pb2_grpc.HealthStub(channel).Check
+            replies: list[health_pb2.HealthCheckResponse | None] = []
+            trailing: Any = ()
             try:
-                reply = self._call(stub.Check, health_pb2.HealthCheckRequest(), deadline_s)
+                for name in wire.HEALTH_NAMES:
+                    request = health_pb2.HealthCheckRequest(service=name)
+                    try:
+                        reply, call = self._call(check.with_call, request, deadline_s)
+                    except NotFoundError:
+                        if not name:
+                            raise
+                        replies.append(None)
+                    else:
+                        replies.append(reply)
+                        trailing = trailing or call.trailing_metadata()
             except HashlensError as error:
                 found.append(ServiceHealth(target=target, serving=False, detail=error.message))
             else:
-                found.append(wire.health_of(target, reply))
+                found.append(wire.health_of(target, replies, trailing))
         return found
 
     def _call(self, method: Callable[..., Any], request: Any, deadline_s: float | None) -> Any:

@@ -7,7 +7,7 @@ import threading
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from grpc_health.v1 import health_pb2
 
@@ -16,6 +16,7 @@ from hashlens.errors import HashlensError, InvalidInputError
 from hashlens.packed_items import PackedItems
 from hashlens.rpc import limits
 from hashlens.rpc.channel import ChannelSecurity
+from hashlens.rpc.health import LIVENESS, READINESS, reasons_of
 from hashlens.rpc.status import error_of
 from hashlens.types import (
     CollectionInfo,
@@ -383,8 +384,33 @@ def _encode_options(feature_dtype: FeatureDtype | None, activations: bool) -> en
     )
 
 
-def health_of(target: str, reply: health_pb2.HealthCheckResponse) -> ServiceHealth:
-    """Read a health check."""
-    status = health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
-    serving = reply.status == health_pb2.HealthCheckResponse.SERVING
-    return ServiceHealth(target=target, serving=serving, detail=status.lower())
+HEALTH_NAMES = ("", READINESS, LIVENESS)
+"""What is asked of a server's health."""
+
+
+def health_of(
+    target: str, replies: Sequence[health_pb2.HealthCheckResponse | None], trailing: Any
+) -> ServiceHealth:
+    """Read health checks.
+
+    Parameters
+    ----------
+    target
+        Whom they are of.
+    replies
+        For each of `HEALTH_NAMES`; None for a name that the server does not know. Such a one is not
+        ours, and what it says of itself as a whole counts.
+    trailing
+        Metadata of the first.
+    """
+    whole, ready, live = (reply and reply.status for reply in replies)
+    serving = health_pb2.HealthCheckResponse.SERVING
+    assert whole is not None
+    return ServiceHealth(
+        target=target,
+        serving=whole == serving,
+        detail=health_pb2.HealthCheckResponse.ServingStatus.Name(whole).lower(),
+        ready=(whole if ready is None else ready) == serving,
+        live=live is None or live == serving,
+        reasons=reasons_of(trailing),
+    )

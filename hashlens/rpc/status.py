@@ -92,7 +92,9 @@ def error_of_call(failure: grpc.RpcError) -> errors.HashlensError:
     code: grpc.StatusCode = failure.code()
     if code is grpc.StatusCode.CANCELLED:
         # Not by us: cancelling a call of our own raises something else.
-        return errors.UnavailableError("the server ended the call: it is stopping")
+        return errors.UnavailableError(
+            "the server ended the call: it is stopping, or waited too long for the request"
+        )
     return error_of(status_pb2.Status(code=code.value[0], message=failure.details() or code.name))
 
 
@@ -101,7 +103,7 @@ async def abort(context: grpc.aio.ServicerContext[object, object], error: BaseEx
     status = status_of(error)
     code = next(c for c in grpc.StatusCode if c.value[0] == status.code)
     trailing: tuple[tuple[str, str | bytes], ...] = ((DETAILS_KEY, status.SerializeToString()),)
-    if code is grpc.StatusCode.UNAVAILABLE:
+    if isinstance(error, errors.UnavailableError) and not error.elsewhere:
         # We have tried for as long as the deadline allowed: gRPC's own retry would only turn this
         # into DEADLINE_EXCEEDED. It still retries where no server answered at all.
         trailing += (("grpc-retry-pushback-ms", "-1"),)

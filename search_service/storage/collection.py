@@ -109,6 +109,11 @@ class Collection:
         """Whether it is lost, and other files are being looked for."""
         return self._live.follower.needs_files
 
+    @property
+    def trouble(self) -> HashlensError | None:
+        """Why it takes no writes, if so."""
+        return self._live.trouble
+
     def note(self, what: str) -> None:
         """Say in `info` what is done about its trouble."""
         self._live.note = what

@@ -264,6 +264,10 @@ class Store:
                 raise UnavailableError(f"{name} was dropped or replaced meanwhile.") from error
             raise LimitError(f"The files of {name} cannot be written anew ({error}).") from error
 
+    def collections(self) -> Sequence[Collection]:
+        """Return the collections on this replica; never waits."""
+        return self._roster.all()
+
     def infos(self) -> Sequence[CollectionInfo]:
         """Describe the collections on this replica, by name; never waits."""
         return [found.info() for found in sorted(self._roster.all(), key=lambda c: c.spec.name)]
