@@ -12,6 +12,7 @@ import grpc
 
 from encoder_service.config import EncoderConfig
 from encoder_service.encoder import Encoder
+from encoder_service.metrics import EncoderMetrics
 from encoder_service.model.checkpoint import default_checkpoint_path, load_checkpoint
 from encoder_service.pipeline import EncodePipeline
 from hashlens import convert
@@ -46,6 +47,7 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
     def __init__(self, config: EncoderConfig) -> None:
         self._config = config
         self._stack = AsyncExitStack()
+        self._metrics = EncoderMetrics()
         self._pipeline: EncodePipeline
         self._model: ModelInfo
 
@@ -96,8 +98,8 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
         )
 
     def metrics(self) -> Iterable[Metric]:
-        """Return what Prometheus is told: nothing yet."""
-        return ()
+        """Return what Prometheus is told."""
+        return self._metrics.collect(self._pipeline, self._model, self._config)
 
     async def close(self) -> None:
         """Stop the threads."""
@@ -163,13 +165,16 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
     ) -> Encoded:
         dtype = convert.dtype_from_proto(options.feature_dtype, field="options.feature_dtype")
         try:
-            return await self._pipeline.encode(
-                image,
-                deadline_s=left_s,
-                feature_dtype=dtype,
-                omit_feature=options.omit_feature,
-                with_activations=options.with_activations,
-            )
+            with self._metrics.image():
+                encoded = await self._pipeline.encode(
+                    image,
+                    deadline_s=left_s,
+                    feature_dtype=dtype,
+                    omit_feature=options.omit_feature,
+                    with_activations=options.with_activations,
+                )
+            self._metrics.observe(encoded.timings, is_alone=field == "image")
+            return encoded
         except InvalidInputError as error:
             raise (error if error.field else error.within(field)) from None
 

@@ -81,6 +81,11 @@ class Executor:
         self._thread.start()
         started.result(_START_S)
 
+    @property
+    def n_waiting(self) -> int:
+        """Jobs that wait for the thread."""
+        return len(self._queue)
+
     def __enter__(self) -> Executor:
         return self
 

@@ -22,6 +22,7 @@ from hashlens.rpc.interceptors import ErrorInterceptor, GateInterceptor
 from hashlens.rpc.metrics import Metric, exposed
 from hashlens.rpc.ports import bind
 from hashlens.rpc.server_config import ServerConfig
+from hashlens.rpc.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -60,16 +61,17 @@ async def serve(config: ServerConfig, service: Service) -> None:
 
     Health says NOT_SERVING until the service has warmed up, and first of all on a signal; running
     calls then get `grace_s`. When it serves, one line of JSON on standard output says where:
-    ``{"listening": "127.0.0.1:50051", "pid": 4711}``.
+    ``{"listening": "127.0.0.1:50051", "pid": 4711}``, and under ``metrics`` where those are read.
 
     Raises
     ------
     HashlensError
         What `warm_up` raises; OSError if the address cannot be had.
     """
+    telemetry = Telemetry(config, service.names)
     gate = GateInterceptor()
     server = grpc.aio.server(
-        interceptors=[ErrorInterceptor(), gate],
+        interceptors=[telemetry, ErrorInterceptor(), gate],
         options=[
             ("grpc.max_send_message_length", config.max_message_bytes),
             ("grpc.max_receive_message_length", config.max_message_bytes),
@@ -101,13 +103,15 @@ async def serve(config: ServerConfig, service: Service) -> None:
             gate.open()
             for name in health_names:
                 await health_servicer.set(name, _SERVING)
-            sys.stdout.write(json.dumps({"listening": address, "pid": os.getpid()}) + "\n")
-            sys.stdout.flush()
-            logger.info("serving %s on %s", ", ".join(service.names), address)
             with contextlib.ExitStack() as stack:
+                said = {"listening": address, "pid": os.getpid()}
                 if config.metrics_listen:
-                    where = stack.enter_context(exposed(config.metrics_listen, service.metrics))
-                    logger.info("metrics on http://%s/metrics", where)
+                    source = telemetry.collecting(service.metrics)
+                    said["metrics"] = stack.enter_context(exposed(config.metrics_listen, source))
+                    logger.info("metrics on http://%s/metrics", said["metrics"])
+                sys.stdout.write(json.dumps(said) + "\n")
+                sys.stdout.flush()
+                logger.info("serving %s on %s", ", ".join(service.names), address)
                 await stop.wait()
         logger.info("stopping: calls in flight have %g s", config.grace_s)
     finally:
@@ -117,6 +121,7 @@ async def serve(config: ServerConfig, service: Service) -> None:
         await asyncio.sleep(min(_LATECOMERS_S, config.grace_s))
         await server.stop(config.grace_s)
         await service.close()
+        await telemetry.close()
 
 
 async def _finished_first(work: Coroutine[Any, Any, None], stop: asyncio.Event) -> bool:
