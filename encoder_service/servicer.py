@@ -13,6 +13,7 @@ import grpc
 from encoder_service.config import EncoderConfig
 from encoder_service.encoder import Encoder
 from encoder_service.method_limits import METHOD_LIMITS
+from encoder_service.metrics import EncoderMetrics
 from encoder_service.model.checkpoint import default_checkpoint_path, load_checkpoint
 from encoder_service.pipeline import EncodePipeline
 from hashlens import convert
@@ -52,6 +53,7 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
         self._state = ServiceState(is_ready=False, reasons=("loading the checkpoint",))
         self.stopping = asyncio.Event()
         self._stack = AsyncExitStack()
+        self._metrics = EncoderMetrics()
         self._pipeline: EncodePipeline
         self._model: ModelInfo
 
@@ -112,8 +114,8 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
         self.stopping.set()
 
     def metrics(self) -> Iterable[Metric]:
-        """Return what Prometheus is told: nothing yet."""
-        return ()
+        """Return what Prometheus is told."""
+        return self._metrics.collect(self._pipeline, self._model, self._config)
 
     async def close(self) -> None:
         """Stop the threads."""
@@ -179,13 +181,16 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
     ) -> Encoded:
         dtype = convert.dtype_from_proto(options.feature_dtype, field="options.feature_dtype")
         try:
-            return await self._pipeline.encode(
-                image,
-                deadline_s=left_s,
-                feature_dtype=dtype,
-                omit_feature=options.omit_feature,
-                with_activations=options.with_activations,
-            )
+            with self._metrics.image():
+                encoded = await self._pipeline.encode(
+                    image,
+                    deadline_s=left_s,
+                    feature_dtype=dtype,
+                    omit_feature=options.omit_feature,
+                    with_activations=options.with_activations,
+                )
+            self._metrics.observe(encoded.timings, is_alone=field == "image")
+            return encoded
         except InvalidInputError as error:
             raise (error if error.field else error.within(field)) from None
 

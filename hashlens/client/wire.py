@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2
 from hashlens import codes, convert
 from hashlens.errors import HashlensError, InvalidInputError
 from hashlens.packed_items import PackedItems
-from hashlens.rpc import limits
+from hashlens.rpc import call, limits
 from hashlens.rpc.channel import ChannelSecurity
 from hashlens.rpc.health import LIVENESS, READINESS, reasons_of
 from hashlens.rpc.status import error_of
@@ -87,7 +87,7 @@ class Wire:
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """Return what a call carries beside its request."""
-        return ()
+        return call.outgoing()
 
     # -- encoder ---------------------------------------------------------------------------------
 

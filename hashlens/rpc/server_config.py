@@ -10,7 +10,7 @@ from hashlens.config import setting
 from hashlens.errors import InvalidInputError
 from hashlens.rpc import method_limits
 from hashlens.rpc.limits import DEADLINE_S, MAX_MESSAGE_BYTES
-from hashlens.rpc.logs import LogFormat
+from hashlens.rpc.logs import LOG_BURST, LogFormat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,18 @@ class ServerConfig:
     )
     log_level: str = setting("info", "Lowest level that is logged.")
     log_format: LogFormat = setting("text", "How logs are written.")
+    log_burst: int = setting(
+        LOG_BURST, "Most like warnings that are logged in ten seconds; 0: all."
+    )
+    access_log: bool = setting(False, "Log a line for each call, health checks excepted.")
+    otlp_endpoint: str = setting(
+        "",
+        "OpenTelemetry collector that spans are sent to, http://host:port or https://host:port, by "
+        "OTLP over gRPC; empty: none.",
+    )
+    trace_sample_ratio: float = setting(
+        1.0, "Share of the traces begun here that are recorded; a caller's own decision holds."
+    )
 
     def __post_init__(self) -> None:
         for name in ("listen", "health_listen", "admin_listen", "metrics_listen"):
@@ -89,9 +101,11 @@ class ServerConfig:
         ):
             if getattr(self, name) <= 0:
                 raise InvalidInputError(f"{name} is above 0", field=name)
-        for name in ("grace_s", "flush_s"):
+        for name in ("grace_s", "flush_s", "log_burst"):
             if getattr(self, name) < 0:
                 raise InvalidInputError(f"{name} is 0 or more", field=name)
+        if not 0 <= self.trace_sample_ratio <= 1:
+            raise InvalidInputError("trace_sample_ratio is 0 to 1", field="trace_sample_ratio")
 
 
 def _is_loopback(address: str) -> bool:
