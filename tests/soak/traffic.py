@@ -159,16 +159,16 @@ class Traffic:
 
     async def search_embedding(self) -> None:
         answer = await self._client.search(NAME, embedding=self._embedding(), k=20)
-        assert len(answer.hits) == 20 and answer.receipt.exact
+        assert len(answer.hits) == 20
+        assert answer.receipt.exact
 
     async def search_image(self) -> None:
         answer = await self._client.search(NAME, image=self._picture(), k=20)
-        assert len(answer.hits) == 20 and answer.receipt.exact
+        assert len(answer.hits) == 20
+        assert answer.receipt.exact
 
     async def search_id(self) -> None:
-        item_id = self._kept_id()
-        answer = await self._client.search(NAME, id=item_id, k=5)
-        # Another writer may have replaced it between the two; it is there in any case.
+        answer = await self._client.search(NAME, id=self._kept_id(), k=5)
         assert len(answer.hits) == 5
 
     async def search_batch(self) -> None:
@@ -194,9 +194,9 @@ class Traffic:
         await self._client.delete(NAME, ids)
 
     async def get_items(self) -> None:
-        ids = [self._kept_id() for _ in range(8)]
+        ids = [f"i{n}" for n in self._draw.sample(range(N_KEPT), 8)]
         items = await self._client.get_items(NAME, ids)
-        assert len(items) == len(set(ids))
+        assert {item.id for item in items} == set(ids)
 
     async def stream_ball(self) -> None:
         n = 0
@@ -238,16 +238,22 @@ async def _connected(plan: Plan) -> AsyncIterator[AsyncClient]:
         yield client
 
 
-async def main(plan: Plan) -> None:
-    """Prepare, say so on standard output, run."""
+async def run(plan: Plan, log: TextIO) -> None:
+    """Prepare, say so on standard output, make calls."""
+    async with _connected(plan) as client:
+        traffic = Traffic(client, plan, log)
+        await traffic.prepare()
+        sys.stdout.write("ready\n")
+        sys.stdout.flush()
+        await traffic.run()
+
+
+def main(path: Path) -> None:
+    """Do as a plan says."""
+    plan = Plan.read(path)
     with Path(plan.calls).open("w", buffering=1) as log:
-        async with _connected(plan) as client:
-            traffic = Traffic(client, plan, log)
-            await traffic.prepare()
-            sys.stdout.write("ready\n")
-            sys.stdout.flush()
-            await traffic.run()
+        asyncio.run(run(plan, log))
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Plan.read(Path(sys.argv[1]))))
+    main(Path(sys.argv[1]))
