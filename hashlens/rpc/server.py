@@ -17,10 +17,12 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from hashlens.errors import HashlensError
+from hashlens.rpc.auth import access
 from hashlens.rpc.health import HealthServicer
 from hashlens.rpc.interceptors import ErrorInterceptor, GateInterceptor
 from hashlens.rpc.metrics import Metric, exposed
 from hashlens.rpc.ports import bind
+from hashlens.rpc.reflection import reflect
 from hashlens.rpc.server_config import ServerConfig
 
 logger = logging.getLogger(__name__)
@@ -69,7 +71,7 @@ async def serve(config: ServerConfig, service: Service) -> None:
     """
     gate = GateInterceptor()
     server = grpc.aio.server(
-        interceptors=[ErrorInterceptor(), gate],
+        interceptors=[ErrorInterceptor(), gate, *access(config.tokens)],
         options=[
             ("grpc.max_send_message_length", config.max_message_bytes),
             ("grpc.max_receive_message_length", config.max_message_bytes),
@@ -81,6 +83,8 @@ async def serve(config: ServerConfig, service: Service) -> None:
     health_servicer = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     service.register(server)
+    if config.reflection:
+        reflect(server, service.names)
     health_names = ["", *service.names]
     for name in health_names:
         await health_servicer.set(name, _NOT_SERVING)
