@@ -14,9 +14,10 @@ def is_loopback(address: str) -> bool:
     host = address.rpartition(":")[0]
     if host == "localhost":
         return True
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
     try:
-        return ipaddress.ip_address(host).is_loopback
+        # Without brackets, what is port and what is address is anybody's guess.
+        if host.startswith("[") and host.endswith("]"):
+            return ipaddress.IPv6Address(host[1:-1]).is_loopback
+        return ipaddress.IPv4Address(host).is_loopback
     except ValueError:
         return False

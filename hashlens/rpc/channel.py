@@ -91,10 +91,9 @@ def connect(target: str, options: Options, security: ChannelSecurity) -> grpc.Ch
     InvalidInputError
         A file cannot be used, or a token would be sent for others to read.
     """
-    _check_token(target, security)
+    options = _options(target, options, security)
     if not security.is_tls:
         return grpc.insecure_channel(target, options)
-    options = _with_name(options, security)
 
     def opened(pem: Pem) -> grpc.Channel:
         return grpc.secure_channel(target, channel_credentials(pem), options)
@@ -104,10 +103,9 @@ def connect(target: str, options: Options, security: ChannelSecurity) -> grpc.Ch
 
 def connect_aio(target: str, options: Options, security: ChannelSecurity) -> grpc.aio.Channel:
     """Return a channel for calls that are awaited; see `connect`."""
-    _check_token(target, security)
+    options = _options(target, options, security)
     if not security.is_tls:
         return grpc.aio.insecure_channel(target, options)
-    options = _with_name(options, security)
 
     def opened(pem: Pem) -> grpc.aio.Channel:
         return grpc.aio.secure_channel(target, channel_credentials(pem), options)
@@ -115,17 +113,17 @@ def connect_aio(target: str, options: Options, security: ChannelSecurity) -> grp
     return AioFreshChannel(watched("the client's certificates", security.files()), opened)
 
 
-def _with_name(options: Options, security: ChannelSecurity) -> Options:
-    if not security.tls_name:
+def _options(target: str, options: Options, security: ChannelSecurity) -> Options:
+    """Return the options of a channel that gives no token away."""
+    if security.tls_name:
+        return [*options, ("grpc.ssl_target_name_override", security.tls_name)]
+    if security.token_file is None or security.is_tls or security.insecure:
         return options
-    return [*options, ("grpc.ssl_target_name_override", security.tls_name)]
-
-
-def _check_token(target: str, security: ChannelSecurity) -> None:
-    if security.token_file is None or security.is_tls or security.insecure or is_loopback(target):
-        return
-    raise InvalidInputError(
-        f"the token would travel to {target} for everybody on the way to read. Use TLS (tls_ca, or "
-        "tls for a certificate of a public authority), or say insecure.",
-        field="token_file",
-    )
+    if not is_loopback(target):
+        raise InvalidInputError(
+            f"the token would travel to {target} for everybody on the way to read. Use TLS "
+            "(tls_ca, or tls for a certificate of a public authority), or say insecure.",
+            field="token_file",
+        )
+    # One that the environment names would be on the way, too.
+    return [*options, ("grpc.enable_http_proxy", 0)]

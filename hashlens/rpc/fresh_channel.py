@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import weakref
+import time
 from collections.abc import Callable
 from typing import Any, Final, Generic, TypeVar
 
@@ -64,8 +64,8 @@ class FreshChannel(grpc.Channel):
         self._lock = threading.Lock()
         self._pem = pems.value
         self._channel = opened(self._pem)
-        # gRPC keeps those whose calls go on, and frees the others.
-        self._older: weakref.WeakSet[grpc.Channel] = weakref.WeakSet()
+        self._older: list[tuple[float, grpc.Channel]] = []
+        """With the times at which their last calls end."""
         self._closed = False
 
     def current(self) -> grpc.Channel:
@@ -73,10 +73,16 @@ class FreshChannel(grpc.Channel):
         pem = self._pems.value
         with self._lock:
             if pem is not self._pem and not self._closed:
-                self._older.add(self._channel)
+                self._retire()
                 self._pem = pem
                 self._channel = self._opened(pem)
             return self._channel
+
+    def _retire(self) -> None:
+        now_s = time.monotonic()
+        self._older.append((now_s + _LONGEST_CALL_S, self._channel))
+        while self._older[0][0] <= now_s:
+            self._older.pop(0)[1].close()
 
     def unary_unary(self, *args: Any, **kwargs: Any) -> Any:
         """See `grpc.Channel`."""
@@ -106,7 +112,7 @@ class FreshChannel(grpc.Channel):
         """End all calls."""
         with self._lock:
             self._closed = True
-            channels = [self._channel, *self._older]
+            channels = [self._channel, *(channel for _, channel in self._older)]
         for channel in channels:
             channel.close()
 
