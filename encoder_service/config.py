@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,6 +10,8 @@ from typing import Literal
 from hashlens.config import setting
 from hashlens.errors import InvalidInputError
 from hashlens.rpc.server_config import ServerConfig
+
+_SHA256 = re.compile("[0-9a-fA-F]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +21,9 @@ class EncoderConfig(ServerConfig):
     listen: str = setting("127.0.0.1:50051", "Address and port to serve on; port 0 takes any.")
     checkpoint: Path | None = setting(
         None, "Checkpoint to serve, a safetensors file; the bundled one without."
+    )
+    checkpoint_sha256: str = setting(
+        "", "SHA-256 that the checkpoint's file must have, or the service does not start."
     )
     device: str = setting("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is a device.")
     feature_dtype: Literal["f16", "f32"] = setting(
@@ -37,6 +43,10 @@ class EncoderConfig(ServerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.checkpoint_sha256 and not _SHA256.fullmatch(self.checkpoint_sha256):
+            raise InvalidInputError(
+                "checkpoint_sha256 is 64 hex digits, as sha256sum prints", field="checkpoint_sha256"
+            )
         for name in ("n_threads", "max_wait_ms"):
             if not getattr(self, name) >= 0:
                 raise InvalidInputError(f"{name} is 0 or more", field=name)

@@ -70,7 +70,7 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
         path = config.checkpoint or default_checkpoint_path()
         encoder = await asyncio.to_thread(
             lambda: Encoder(
-                load_checkpoint(path),
+                load_checkpoint(path, sha256=config.checkpoint_sha256),
                 device=config.device,
                 n_threads=config.n_threads,
                 autocast=config.autocast,

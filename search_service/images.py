@@ -17,6 +17,7 @@ from hashlens.errors import (
     UnavailableError,
 )
 from hashlens.rpc import call
+from hashlens.rpc.channel import ChannelSecurity
 from hashlens.types import CollectionSpec, Encoded
 from search_service import checks
 from search_service.explain import Meanings
@@ -38,11 +39,16 @@ class ImageEncoder:
         ``host:port`` of the encoder service; None if there is none.
     max_message_bytes
         Largest request or reply.
+    security
+        How it is known, and what it is shown.
     """
 
-    def __init__(self, target: str | None, max_message_bytes: int) -> None:
+    def __init__(
+        self, target: str | None, max_message_bytes: int, security: ChannelSecurity
+    ) -> None:
         self._target = target
         self._max_message_bytes = max_message_bytes
+        self._security = security
         self._client: AsyncClient | None = None
         self._meanings: dict[str, Meanings] = {}  # by model id, which fixes the weights
 
@@ -52,7 +58,9 @@ class ImageEncoder:
                 search=self._target,
                 encoder=self._target,
                 config=ClientConfig(
-                    max_message_bytes=self._max_message_bytes, chunk_items=_CHUNK_IMAGES
+                    max_message_bytes=self._max_message_bytes,
+                    chunk_items=_CHUNK_IMAGES,
+                    security=self._security,
                 ),
             )
         return self

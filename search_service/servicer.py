@@ -18,7 +18,6 @@ from hashlens.errors import (
     HashlensError,
     InvalidInputError,
 )
-from hashlens.rpc.channel import ChannelSecurity
 from hashlens.rpc.health import ServiceState
 from hashlens.rpc.limits import check_size
 from hashlens.rpc.metrics import Metric
@@ -131,11 +130,11 @@ class SearchServicer(CollectionsRpc, ItemsRpc, CompactRpc, VerifyRpc):
         self._stack.callback(self._executor.close)
         self._balls = BallStreamer(self._executor, config.max_message_bytes)
         self._images = await self._stack.enter_async_context(
-            ImageEncoder(config.encoder, config.max_message_bytes)
+            ImageEncoder(config.encoder, config.max_message_bytes, config.encoder_security)
         )
         store_config = StoreConfig(
             data_dir=config.data_dir,
-            redis_url=config.redis_url,
+            redis_url=config.store_url(),
             checkpoint_interval_s=config.checkpoint_interval_s,
             compaction_share=config.compaction_share,
             compaction_min_rows=config.compaction_min_rows,
@@ -146,7 +145,7 @@ class SearchServicer(CollectionsRpc, ItemsRpc, CompactRpc, VerifyRpc):
             scrub_mb_per_s=config.scrub_mb_per_s,
             scrub_interval_s=config.scrub_interval_s,
         )
-        peers = GrpcPeers(config.max_message_bytes, ChannelSecurity())
+        peers = GrpcPeers(config.max_message_bytes, config.peer_security)
         self._readiness.stage = "opening the store"
         # Kept, because a signal may end the waiting, but not the opening.
         self._opening = asyncio.ensure_future(asyncio.to_thread(Store.open, store_config, peers))

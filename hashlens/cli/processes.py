@@ -71,6 +71,8 @@ class ServicesConfig:
     redis_url: str | None = None
     """None: an embedded store in `data`."""
     device: str = "auto"
+    insecure: bool = False
+    """Listen where others can reach it without TLS."""
     isolated: bool = False
     """Let no ``HASHLENS_*`` of the environment reach the services, and have the encoder's libraries
     put what they call temporary beside `data`."""
@@ -185,6 +187,8 @@ def running(
 
 def _encoder_arguments(config: ServicesConfig, listen: str) -> list[str]:
     arguments = ["--listen", listen, "--device", config.device]
+    if config.insecure:
+        arguments += ["--insecure"]
     if config.checkpoint is not None:
         arguments += ["--checkpoint", str(config.checkpoint)]
     return arguments
@@ -193,6 +197,8 @@ def _encoder_arguments(config: ServicesConfig, listen: str) -> list[str]:
 def _search_arguments(config: ServicesConfig, encoder_listen: str) -> list[str]:
     arguments = ["--listen", config.search_listen, "--data-dir", str(config.data)]
     arguments += ["--encoder", reachable(encoder_listen)]
+    if config.insecure:
+        arguments += ["--insecure"]
     return arguments
 
 

@@ -48,6 +48,9 @@ _STYLES = {"encoder": "cyan", "search": "magenta"}
     "--redis-url", metavar="URL", help="A store of your own; without it an embedded one in --data."
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option(
+    "--insecure", is_flag=True, help="Listen where others can reach it, without encryption."
+)
 def up(
     data: Path,
     encoder_listen: str,
@@ -55,6 +58,7 @@ def up(
     checkpoint: Path | None,
     redis_url: str | None,
     device: str,
+    insecure: bool,
 ) -> None:
     """Run both services until Ctrl-C.
 
@@ -70,6 +74,7 @@ def up(
         checkpoint=None if checkpoint is None else checkpoint.resolve(),
         redis_url=redis_url,
         device=device,
+        insecure=insecure,
     )
     log = console(stderr=True)
     click.echo("starting both services, which takes some seconds", err=True)

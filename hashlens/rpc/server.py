@@ -17,11 +17,13 @@ import grpc
 from hashlens.errors import HashlensError
 from hashlens.rpc import health, method_limits
 from hashlens.rpc.admission import Admission, AdmissionInterceptor
+from hashlens.rpc.auth import access
 from hashlens.rpc.health import HealthServicer, ServiceState
 from hashlens.rpc.intake import Intake
 from hashlens.rpc.interceptors import ErrorInterceptor, GateInterceptor
 from hashlens.rpc.metrics import Metric, exposed
 from hashlens.rpc.ports import bind
+from hashlens.rpc.reflection import reflect
 from hashlens.rpc.server_config import ServerConfig
 from hashlens.rpc.side_servers import side_servers
 from hashlens.rpc.stop_signals import stop_signals
@@ -100,7 +102,13 @@ async def serve(config: ServerConfig, service: Service) -> None:
     )
     gate = GateInterceptor()
     server = grpc.aio.server(
-        interceptors=[telemetry, ErrorInterceptor(), gate, AdmissionInterceptor(admission)],
+        interceptors=[
+            telemetry,
+            ErrorInterceptor(),
+            gate,
+            *access(config.tokens),
+            AdmissionInterceptor(admission),
+        ],
         options=[
             ("grpc.max_send_message_length", config.max_message_bytes),
             ("grpc.max_receive_message_length", config.max_message_bytes),
@@ -113,6 +121,8 @@ async def serve(config: ServerConfig, service: Service) -> None:
     checks = HealthServicer(service.names)
     health.add_to(server, checks)
     service.register(server)
+    if config.reflection:
+        reflect(server, service.names)
     watchdog = LoopWatchdog(config.stall_s)
     async with contextlib.AsyncExitStack() as stack:
         stop = stack.enter_context(stop_signals())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import redis
@@ -39,7 +41,9 @@ _AWAY: Final = ("CLUSTERDOWN", "NOREPLICAS", "MOVED", "ASK", "NOPERM")
 def connect(url: str, timeout_s: float) -> redis.Redis:
     """Return a client whose every wait is at most `timeout_s`; it connects when first used.
 
-    Retries are off: the same command must not run twice behind the caller's back.
+    Retries are off: the same command must not run twice behind the caller's back. Beside what
+    redis-py knows, the URL's query may have a ``password_file``. It and the files of TLS are read
+    at each connection.
 
     Raises
     ------
@@ -62,11 +66,38 @@ def connect(url: str, timeout_s: float) -> redis.Redis:
             f"this is no Redis URL ({type(error).__name__}). Give redis://, rediss:// or unix://.",
             field="redis_url",
         ) from None
+    given = pool.connection_kwargs
     # What the URL's own query string says must not undo them.
-    pool.connection_kwargs.update(settings)
+    given.update(settings)
+    if pool.connection_class is redis.SSLConnection:
+        given["ssl_min_version"] = ssl.TLSVersion.TLSv1_2
+    if (path := given.pop("password_file", None)) is not None:
+        if given.pop("password", None):
+            raise InvalidInputError(
+                "the URL of Redis has a password, and there is a file with one: give one of them",
+                field="redis_password_file",
+            )
+        given["credential_provider"] = _PasswordFile(Path(path), given.pop("username", None))
     client = redis.Redis.from_pool(pool)
     client.set_response_callback("XREAD", lambda response, **_: response)
     return client
+
+
+class _PasswordFile(redis.CredentialProvider):
+    """The password that a file holds at the moment."""
+
+    def __init__(self, path: Path, username: str | None) -> None:
+        self._path = path
+        self._username = username
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        try:
+            password = self._path.read_text("utf-8").strip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise redis.AuthenticationError(
+                f"{self._path} cannot be read: {type(error).__name__}"
+            ) from None
+        return (password,) if self._username is None else (self._username, password)
 
 
 def run_script(
