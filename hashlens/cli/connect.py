@@ -13,6 +13,12 @@ from hashlens.errors import UnavailableError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+ENCODER_METRICS = "127.0.0.1:50061"
+"""Where ``hashlens up`` puts the numbers of the encoder service."""
+
+SEARCH_METRICS = "127.0.0.1:50062"
+"""Where ``hashlens up`` puts the numbers of the search service."""
+
 PROBE_S = 2.0
 """Time for a health probe after a call has failed, in seconds."""
 
