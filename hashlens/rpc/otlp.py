@@ -6,6 +6,8 @@ collector that is away costs a warning and no call anything.
 
 from __future__ import annotations
 
+import threading
+
 import grpc
 
 from hashlens import __version__
@@ -27,8 +29,8 @@ except ImportError as _error:
         "hashlens[otel], or leave the endpoint out."
     ) from None
 
-_TIMEOUT_S = 5.0
-"""Longest for one batch of spans to be taken, and for the last ones at the end."""
+_TIMEOUT_S = 3.0
+"""Longest for one batch of spans to be taken, and for all that are left at the end."""
 
 _MAX_WAITING = 4096
 _MAX_BATCH = 512
@@ -104,8 +106,10 @@ class Spans:
 
     def close(self) -> None:
         """Send what is left, for a few seconds at most."""
-        self._provider.force_flush(int(_TIMEOUT_S * 1000))
-        self._provider.shutdown()
+        # It would wait for each batch by itself.
+        ending = threading.Thread(target=self._provider.shutdown, name="spans", daemon=True)
+        ending.start()
+        ending.join(_TIMEOUT_S)
 
 
 class OtelSpan:

@@ -85,11 +85,11 @@ class Telemetry(grpc.aio.ServerInterceptor):
         """Return what Prometheus is told of the server, its process, and the service in it."""
 
         def collect() -> Iterator[Metric]:
+            yield from service()
             for family in (self._calls, self._seconds, self._in_flight, self._refusals):
                 yield family.collect()
             yield from logs.collect()
             yield from self._process.collect()
-            yield from service()
 
         return collect
 
