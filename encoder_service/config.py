@@ -33,7 +33,7 @@ class EncoderConfig(ServerConfig):
         "off", "Number format of the model on CUDA; one setting for a whole collection."
     )
     n_threads: int = setting(0, "CPU threads of the model; 0: what is best for its size.")
-    n_decode_threads: int = setting(2, "Threads that decode images.")
+    n_decode_threads: int = setting(0, "Threads that decode images; 0: one for each CPU.")
     max_batch: int = setting(32, "Most images of one forward pass.")
     max_wait_ms: float = setting(2.0, "Longest an image waits for company, in milliseconds.")
     max_queue: int = setting(512, "Most images decoded or waiting; one more is refused.")
@@ -47,13 +47,13 @@ class EncoderConfig(ServerConfig):
             raise InvalidInputError(
                 "checkpoint_sha256 is 64 hex digits, as sha256sum prints", field="checkpoint_sha256"
             )
-        for name in ("n_threads", "max_wait_ms"):
+        for name in ("n_threads", "n_decode_threads", "max_wait_ms"):
             if not getattr(self, name) >= 0:
                 raise InvalidInputError(f"{name} is 0 or more", field=name)
         for name in ("max_image_bytes", "max_image_pixels"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} is at least 1", field=name)
-        for name in ("n_decode_threads", "max_batch", "max_queue", "max_batch_items"):
+        for name in ("max_batch", "max_queue", "max_batch_items"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} is at least 1", field=name)
         if self.max_queue < self.max_batch_items:

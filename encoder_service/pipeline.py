@@ -14,6 +14,7 @@ from encoder_service.batcher import Batcher
 from encoder_service.config import EncoderConfig
 from encoder_service.decode import DecodeLimits, decode
 from encoder_service.encoder import Encoder
+from hashlens.cpus import usable_cpus
 from hashlens.errors import InvalidInputError, OverloadedError
 from hashlens.types import Embedding, Encoded, EncodeTimings, FeatureDtype
 
@@ -38,7 +39,9 @@ class EncodePipeline:
         self._limits = DecodeLimits(
             max_bytes=config.max_image_bytes, max_pixels=config.max_image_pixels
         )
-        self._decoders = ThreadPoolExecutor(config.n_decode_threads, thread_name_prefix="decode")
+        self._decoders = ThreadPoolExecutor(
+            config.n_decode_threads or usable_cpus(), thread_name_prefix="decode"
+        )
         self._batcher: Batcher[_Outputs] = Batcher(
             self._run_model,
             max_batch=config.max_batch,
