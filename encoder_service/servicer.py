@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
 import grpc
 
 from encoder_service.config import EncoderConfig
+from encoder_service.encode_stream import EncodeStream
 from encoder_service.encoder import Encoder
 from encoder_service.model.checkpoint import default_checkpoint_path, load_checkpoint
 from encoder_service.pipeline import EncodePipeline
@@ -45,6 +46,7 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
 
     def __init__(self, config: EncoderConfig) -> None:
         self._config = config
+        self.stopping = asyncio.Event()
         self._stack = AsyncExitStack()
         self._pipeline: EncodePipeline
         self._model: ModelInfo
@@ -95,6 +97,10 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
             encoder.device,
         )
 
+    def drain(self) -> None:
+        """Have streams that would go on for ever end: they look at `stopping`."""
+        self.stopping.set()
+
     def metrics(self) -> Iterable[Metric]:
         """Return what Prometheus is told: nothing yet."""
         return ()
@@ -139,6 +145,14 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
             reply.ByteSize(), self._config.max_message_bytes, "send fewer images, or ask for F16"
         )
         return reply
+
+    async def EncodeStream(  # noqa: N802 - the contract's name
+        self, requests: AsyncIterator[enc.EncodeStreamRequest], context: _Context
+    ) -> AsyncIterator[enc.EncodeStreamResponse]:
+        """Encode images as they come, each by itself, and answer in their order."""
+        stream = EncodeStream(self._pipeline, self._config, self.stopping)
+        async for reply in stream.answers(requests, context):
+            yield reply
 
     async def GetModel(  # noqa: N802 - the contract's name
         self, request: enc.GetModelRequest, context: _Context

@@ -72,6 +72,7 @@ class SearchServicer(CollectionsRpc, ItemsRpc, CompactRpc, VerifyRpc):
 
     def __init__(self, config: SearchConfig) -> None:
         self._config = config
+        self.stopping = asyncio.Event()
         self._stack = AsyncExitStack()
         self._threads = ThreadPoolExecutor(config.n_store_threads, thread_name_prefix="store")
         sketches = Sketches(config.sketch_memory_mb << 20) if config.sketch_memory_mb else None
@@ -148,6 +149,10 @@ class SearchServicer(CollectionsRpc, ItemsRpc, CompactRpc, VerifyRpc):
             ("kernels", time.monotonic() - opened_s),
         ):
             logger.info("ready stage %s: %.3f s", stage, took_s)
+
+    def drain(self) -> None:
+        """Have streams that would go on for ever end: they look at `stopping`."""
+        self.stopping.set()
 
     def metrics(self) -> Iterable[Metric]:
         """Return what Prometheus is told."""

@@ -46,8 +46,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             )
         if handler.stream_stream is not None:
             return grpc.stream_stream_rpc_method_handler(
-                _guard_stream(handler.stream_stream, method),
-                handler.request_deserializer,
+                _guard_stream(
+                    _reading(handler.stream_stream, _tolerant(handler.request_deserializer)), method
+                ),
+                None,
                 handler.response_serializer,
             )
         return handler
@@ -99,6 +101,23 @@ def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], A
             return _UNREADABLE
 
     return parse
+
+
+def _reading(
+    behaviour: Callable[..., Any], parse: Callable[[bytes], Any] | None
+) -> Callable[..., Any]:
+    """Have a handler of many requests read them through `parse`, and refuse what is none."""
+
+    async def each(requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        async for data in requests:
+            request = data if parse is None else parse(data)
+            # One that is large is not kept until the next has come.
+            del data
+            _check_readable(request)
+            yield request
+            del request
+
+    return lambda requests, context: behaviour(each(requests), context)
 
 
 def _check_readable(request: Any) -> None:

@@ -48,6 +48,9 @@ class Service(Protocol):
     async def warm_up(self) -> None:
         """Load, compile and connect what the first call would else wait for."""
 
+    def drain(self) -> None:
+        """Learn that the server stops: streams that would go on for ever are to end now."""
+
     def metrics(self) -> Iterable[Metric]:
         """Return what Prometheus is told; called from another thread, after `warm_up`."""
 
@@ -112,6 +115,7 @@ async def serve(config: ServerConfig, service: Service) -> None:
         logger.info("stopping: calls in flight have %g s", config.grace_s)
     finally:
         await health_servicer.end()
+        service.drain()
         # What is on its way is told to go elsewhere; gRPC would cancel it.
         gate.close()
         await asyncio.sleep(min(_LATECOMERS_S, config.grace_s))
