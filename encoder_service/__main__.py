@@ -22,9 +22,7 @@ def main(config: EncoderConfig) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from encoder_service.servicer import EncoderServicer
 
-    # What the servicer does not define, its generated base answers with UNIMPLEMENTED.
-    servicer = EncoderServicer(config)  # type: ignore[abstract]
-    sys.exit(server.run(config, servicer))
+    sys.exit(server.run(config, EncoderServicer(config)))
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
 import grpc
 
 from encoder_service.config import EncoderConfig
+from encoder_service.encode_stream import EncodeStream
 from encoder_service.encoder import Encoder
 from encoder_service.method_limits import METHOD_LIMITS
 from encoder_service.metrics import EncoderMetrics
@@ -157,6 +158,14 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
             reply.ByteSize(), self._config.max_message_bytes, "send fewer images, or ask for F16"
         )
         return reply
+
+    async def EncodeStream(  # noqa: N802 - the contract's name
+        self, requests: AsyncIterator[enc.EncodeStreamRequest], context: _Context
+    ) -> AsyncIterator[enc.EncodeStreamResponse]:
+        """Encode images as they come, each by itself, and answer in their order."""
+        stream = EncodeStream(self._pipeline, self._config, self.stopping)
+        async for reply in stream.answers(requests, context):
+            yield reply
 
     async def GetModel(  # noqa: N802 - the contract's name
         self, request: enc.GetModelRequest, context: _Context

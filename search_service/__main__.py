@@ -22,9 +22,7 @@ def main(config: SearchConfig) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from search_service.servicer import SearchServicer
 
-    # What the servicer does not define, its generated base answers with UNIMPLEMENTED.
-    servicer = SearchServicer(config)  # type: ignore[abstract]
-    sys.exit(server.run(config, servicer))
+    sys.exit(server.run(config, SearchServicer(config)))
 
 
 if __name__ == "__main__":

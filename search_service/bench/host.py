@@ -54,7 +54,7 @@ def main(config: SearchConfig) -> None:
             super().register(server)
             _add_echo(server)
 
-    sys.exit(server.run(config, EchoingServicer(config)))  # type: ignore[abstract]
+    sys.exit(server.run(config, EchoingServicer(config)))
 
 
 if __name__ == "__main__":
