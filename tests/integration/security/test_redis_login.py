@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -128,7 +130,8 @@ def whole_life(config: StoreConfig, folder: Path) -> None:
         with replica(replace(quick, data_dir=folder / "b")) as second:
             wait_until(lambda: second.find("photos") is not None, "the other one finds it")
             wait_until(lambda: second.get("photos").info().version >= 62, "it copies and follows")
-            first.compact("photos", deadline_s=DEADLINE_S)
+            receipt = first.compact("photos", wait_for_replicas=True, deadline_s=60)
+            assert receipt.redis_rewritten
             assert len(first.replicas("photos")) == 2
             assert {info.spec.name for info in first.list()} == {"photos"}
         assert not collection.verify(threading.Event()).differences
@@ -240,6 +243,38 @@ def test_redis_is_known_by_its_certificate_and_knows_ours(
         assert proxy.versions <= {"TLSv1.2", "TLSv1.3"}
     with TlsProxy(guarded.socket, authority.pair("other", "redis.example")) as proxy:
         assert "CERTIFICATE_VERIFY_FAILED" in refused(over_tls(proxy.url, authority.ca, None))
+
+
+def test_a_redis_with_tls_of_its_own(
+    guarded: GuardedRedis, authority: Authority, password_file: Path
+) -> None:
+    # It ends at once, and says why: without TLS otherwise than without certificates.
+    command = [guarded.binary, "--port", "0", "--tls-port", "1"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout
+    if "configure TLS" not in said:
+        pytest.skip(f"{guarded.binary.name} is built without TLS")
+    pair, client = authority.pair("redis"), authority.pair("client")
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+    settings = {
+        "tls-cert-file": pair.cert,
+        "tls-key-file": pair.key,
+        "tls-ca-cert-file": authority.ca,
+        "tls-port": port,
+    }
+    with guarded.admin() as admin:
+        for name, value in settings.items():
+            admin.config_set(name, str(value))
+    login = RedisConfig(
+        redis_url=f"rediss://localhost:{port}",
+        redis_username="hashlens",
+        redis_password_file=password_file,
+        redis_tls_ca=authority.ca,
+        redis_tls_cert=client.cert,
+        redis_tls_key=client.key,
+    )
+    assert gets_in(login)
+    assert refused(replace(login, redis_tls_cert=None, redis_tls_key=None))
 
 
 @pytest.mark.parametrize(
