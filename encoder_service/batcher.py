@@ -92,6 +92,11 @@ class Batcher(Generic[R]):
         # Not waiting would leave the thread inside the model while the interpreter ends.
         await asyncio.to_thread(self._thread.shutdown, wait=True)
 
+    @property
+    def n_waiting(self) -> int:
+        """Items that wait."""
+        return len(self._queue)
+
     def backlog_s(self, n_items: int) -> float:
         """Return about how long the model takes for `n_items`, in seconds."""
         return -(-n_items // self._max_batch) * self._last_inference_s

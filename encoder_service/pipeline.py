@@ -14,6 +14,7 @@ from encoder_service.batcher import Batcher
 from encoder_service.config import EncoderConfig
 from encoder_service.decode import DecodeLimits, decode
 from encoder_service.encoder import Encoder
+from hashlens.cpus import usable_cpus
 from hashlens.errors import InvalidInputError, OverloadedError
 from hashlens.types import Embedding, Encoded, EncodeTimings, FeatureDtype
 
@@ -38,7 +39,9 @@ class EncodePipeline:
         self._limits = DecodeLimits(
             max_bytes=config.max_image_bytes, max_pixels=config.max_image_pixels
         )
-        self._decoders = ThreadPoolExecutor(config.n_decode_threads, thread_name_prefix="decode")
+        self._decoders = ThreadPoolExecutor(
+            config.n_decode_threads or usable_cpus(), thread_name_prefix="decode"
+        )
         self._batcher: Batcher[_Outputs] = Batcher(
             self._run_model,
             max_batch=config.max_batch,
@@ -55,6 +58,16 @@ class EncodePipeline:
     async def __aexit__(self, *error: object) -> None:
         await self._batcher.__aexit__(*error)
         await asyncio.to_thread(self._decoders.shutdown, wait=True, cancel_futures=True)
+
+    @property
+    def n_admitted(self) -> int:
+        """Images that are decoded, wait, or are in the model."""
+        return self._n_admitted
+
+    @property
+    def n_waiting(self) -> int:
+        """Images that wait for the model."""
+        return self._batcher.n_waiting
 
     async def encode(
         self,

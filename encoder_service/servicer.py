@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
 import grpc
 
 from encoder_service.config import EncoderConfig
+from encoder_service.encode_stream import EncodeStream
 from encoder_service.encoder import Encoder
 from encoder_service.method_limits import METHOD_LIMITS
+from encoder_service.metrics import EncoderMetrics
 from encoder_service.model.checkpoint import default_checkpoint_path, load_checkpoint
 from encoder_service.pipeline import EncodePipeline
 from hashlens import convert
@@ -52,6 +54,7 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
         self._state = ServiceState(is_ready=False, reasons=("loading the checkpoint",))
         self.stopping = asyncio.Event()
         self._stack = AsyncExitStack()
+        self._metrics = EncoderMetrics()
         self._pipeline: EncodePipeline
         self._model: ModelInfo
 
@@ -68,7 +71,7 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
         path = config.checkpoint or default_checkpoint_path()
         encoder = await asyncio.to_thread(
             lambda: Encoder(
-                load_checkpoint(path),
+                load_checkpoint(path, sha256=config.checkpoint_sha256),
                 device=config.device,
                 n_threads=config.n_threads,
                 autocast=config.autocast,
@@ -112,8 +115,8 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
         self.stopping.set()
 
     def metrics(self) -> Iterable[Metric]:
-        """Return what Prometheus is told: nothing yet."""
-        return ()
+        """Return what Prometheus is told."""
+        return self._metrics.collect(self._pipeline, self._model, self._config)
 
     async def close(self) -> None:
         """Stop the threads."""
@@ -156,6 +159,14 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
         )
         return reply
 
+    async def EncodeStream(  # noqa: N802 - the contract's name
+        self, requests: AsyncIterator[enc.EncodeStreamRequest], context: _Context
+    ) -> AsyncIterator[enc.EncodeStreamResponse]:
+        """Encode images as they come, each by itself, and answer in their order."""
+        stream = EncodeStream(self._pipeline, self._config, self.stopping)
+        async for reply in stream.answers(requests, context):
+            yield reply
+
     async def GetModel(  # noqa: N802 - the contract's name
         self, request: enc.GetModelRequest, context: _Context
     ) -> enc.GetModelResponse:
@@ -179,13 +190,16 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
     ) -> Encoded:
         dtype = convert.dtype_from_proto(options.feature_dtype, field="options.feature_dtype")
         try:
-            return await self._pipeline.encode(
-                image,
-                deadline_s=left_s,
-                feature_dtype=dtype,
-                omit_feature=options.omit_feature,
-                with_activations=options.with_activations,
-            )
+            with self._metrics.image():
+                encoded = await self._pipeline.encode(
+                    image,
+                    deadline_s=left_s,
+                    feature_dtype=dtype,
+                    omit_feature=options.omit_feature,
+                    with_activations=options.with_activations,
+                )
+            self._metrics.observe(encoded.timings, is_alone=field == "image")
+            return encoded
         except InvalidInputError as error:
             raise (error if error.field else error.within(field)) from None
 

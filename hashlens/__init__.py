@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from hashlens.client import AsyncClient, Client, ClientConfig
 from hashlens.errors import HashlensError
+from hashlens.rpc.channel import ChannelSecurity
 from hashlens.types import (
     CollectionSpec,
     Embedding,
@@ -26,6 +27,7 @@ from hashlens.types import (
 
 __all__ = [
     "AsyncClient",
+    "ChannelSecurity",
     "Client",
     "ClientConfig",
     "CollectionSpec",

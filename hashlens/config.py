@@ -25,7 +25,7 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def setting(default: Any, help: str) -> Any:  # noqa: A002 - click's own word
+def setting(default: Any, help: str, *, secret: bool = False) -> Any:  # noqa: A002 - click's word
     """Declare a field of a configuration class.
 
     Parameters
@@ -34,8 +34,10 @@ def setting(default: Any, help: str) -> Any:  # noqa: A002 - click's own word
         Used when nothing else says.
     help
         One sentence for the command line; names the unit unless the field's name does.
+    secret
+        The value may hold a secret: the configuration's `repr` leaves it out.
     """
-    return dataclasses.field(default=default, metadata={"help": help})
+    return dataclasses.field(default=default, repr=not secret, metadata={"help": help})
 
 
 def options(

@@ -7,24 +7,48 @@ from pathlib import Path
 
 from hashlens.config import setting
 from hashlens.errors import InvalidInputError
+from hashlens.rpc.channel import ChannelSecurity
 from hashlens.rpc.server_config import ServerConfig
+from search_service.redis_config import RedisConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchConfig(ServerConfig):
+class SearchConfig(RedisConfig, ServerConfig):
     """Options of ``python -m search_service``."""
 
     listen: str = setting("127.0.0.1:50052", "Address and port to serve on; port 0 takes any.")
     data_dir: Path = setting(Path("hashlens-data"), "Directory of the arrays; made if missing.")
-    redis_url: str | None = setting(
-        None, "Redis or Valkey, redis://... or unix://...; without, one is started beside the data."
-    )
     encoder: str | None = setting(
         "127.0.0.1:50051", "host:port of the encoder service, for queries and items by image."
+    )
+    encoder_tls: bool = setting(False, "Use TLS to the encoder, and trust public authorities.")
+    encoder_tls_ca: Path | None = setting(
+        None, "PEM file of who signs the encoder's certificate; says --encoder-tls, too."
+    )
+    encoder_tls_cert: Path | None = setting(
+        None, "PEM file of the certificate that the encoder is shown."
+    )
+    encoder_tls_key: Path | None = setting(None, "PEM file of its private key.")
+    encoder_tls_name: str = setting(
+        "", "Name in the encoder's certificate, where it is another one than the host's."
+    )
+    encoder_token_file: Path | None = setting(
+        None, "File with the token for the encoder; scope read."
     )
     n_threads: int = setting(0, "Threads of the kernels; 0: as many as the process may use.")
     max_queue: int = setting(1024, "Most searches waiting for the kernels; one more is refused.")
     max_batch_queries: int = setting(256, "Most queries of one SearchBatch.")
+    max_stream_window: int = setting(
+        1024, "Most items of one UpsertStream that are in the works or answered and not yet read."
+    )
+    max_stream_bytes: int = setting(
+        32 * 2**20, "Most bytes of them; one more item may go beyond it."
+    )
+    stream_idle_s: float = setting(
+        300.0,
+        "A stream of items ends when it has nothing to do, or its answers are not read, for this "
+        "long, in seconds.",
+    )
     max_audits: int = setting(
         1, "Most audits at a time; one more is refused. Each reads every feature."
     )
@@ -53,6 +77,15 @@ class SearchConfig(ServerConfig):
         "host:port where other replicas on the same Redis reach this one, to copy files; without, "
         "the address that is listened on, unless that is a wildcard.",
     )
+    peer_tls_ca: Path | None = setting(
+        None, "PEM file of who signs other replicas' certificates; without, public authorities."
+    )
+    peer_tls_name: str = setting(
+        "", "Name in other replicas' certificates, where it is another one than the host's."
+    )
+    peer_token_file: Path | None = setting(
+        None, "File with the token for other replicas; scope admin."
+    )
     replica_silence_s: float = setting(
         300.0,
         "The log in Redis waits for a replica that was silent for at most so long, in seconds; "
@@ -77,11 +110,12 @@ class SearchConfig(ServerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_links()
         if self.n_threads < 0:
             raise InvalidInputError("n_threads is 0 or more", field="n_threads")
         for name in (
             *("max_queue", "max_batch_queries", "max_audits", "n_store_threads"),
-            *("max_copies", "log_budget_mb"),
+            *("max_copies", "log_budget_mb", "max_stream_window", "max_stream_bytes"),
         ):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} is at least 1", field=name)
@@ -93,7 +127,7 @@ class SearchConfig(ServerConfig):
         for name in ("compaction_min_rows", "compaction_mb_per_s"):
             if getattr(self, name) < 0:
                 raise InvalidInputError(f"{name} is 0 or more", field=name)
-        for name in ("checkpoint_interval_s", "replica_silence_s"):
+        for name in ("checkpoint_interval_s", "replica_silence_s", "stream_idle_s"):
             if getattr(self, name) <= 0:
                 raise InvalidInputError(f"{name} is above 0", field=name)
         if self.copy_mb_per_s < 0:
@@ -105,3 +139,42 @@ class SearchConfig(ServerConfig):
             )
         if self.scrub_mb_per_s < 0 or self.scrub_interval_s <= 0:
             raise InvalidInputError("scrub_mb_per_s is 0 or more, scrub_interval_s above 0")
+
+    @property
+    def encoder_security(self) -> ChannelSecurity:
+        """How the encoder is known, and what it is shown."""
+        return ChannelSecurity(
+            tls=self.encoder_tls,
+            tls_ca=self.encoder_tls_ca,
+            tls_cert=self.encoder_tls_cert,
+            tls_key=self.encoder_tls_key,
+            tls_name=self.encoder_tls_name,
+            token_file=self.encoder_token_file,
+            insecure=self.insecure,
+        )
+
+    @property
+    def peer_security(self) -> ChannelSecurity:
+        """How other replicas are known: like this one, which shows them what it shows clients."""
+        return ChannelSecurity(
+            tls_ca=self.peer_tls_ca,
+            tls_cert=self.tls_cert,
+            tls_key=self.tls_key,
+            tls_name=self.peer_tls_name,
+            token_file=self.peer_token_file,
+            insecure=self.insecure,
+        )
+
+    def _check_links(self) -> None:
+        if self.peer_tls_ca is not None and self.tls_cert is None:
+            raise InvalidInputError(
+                "replicas speak to each other as they serve: peer_tls_ca needs tls_cert",
+                field="peer_tls_ca",
+            )
+        for name, prefix in (("encoder_security", "encoder"), ("peer_security", "peer")):
+            try:
+                getattr(self, name)
+            except InvalidInputError as error:
+                raise InvalidInputError(
+                    f"{prefix}_{error.field}: {error.message}", field=f"{prefix}_{error.field}"
+                ) from None

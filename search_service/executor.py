@@ -86,6 +86,11 @@ class Executor:
         self._thread.start()
         started.result(_START_S)
 
+    @property
+    def n_waiting(self) -> int:
+        """Jobs that wait for the thread."""
+        return len(self._queue)
+
     def __enter__(self) -> Executor:
         return self
 
@@ -224,11 +229,6 @@ class Executor:
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             logger.warning("kernels: work still running after %.1f s", timeout_s)
-
-    @property
-    def n_waiting(self) -> int:
-        """How many jobs wait."""
-        return len(self._queue)
 
     @property
     def overtime_s(self) -> float:

@@ -16,6 +16,8 @@ from hashlens.errors import (
     PreconditionError,
     UnavailableError,
 )
+from hashlens.rpc import call
+from hashlens.rpc.channel import ChannelSecurity
 from hashlens.types import CollectionSpec, Encoded
 from search_service import checks
 from search_service.explain import Meanings
@@ -37,11 +39,16 @@ class ImageEncoder:
         ``host:port`` of the encoder service; None if there is none.
     max_message_bytes
         Largest request or reply.
+    security
+        How it is known, and what it is shown.
     """
 
-    def __init__(self, target: str | None, max_message_bytes: int) -> None:
+    def __init__(
+        self, target: str | None, max_message_bytes: int, security: ChannelSecurity
+    ) -> None:
         self._target = target
         self._max_message_bytes = max_message_bytes
+        self._security = security
         self._client: AsyncClient | None = None
         self._meanings: dict[str, Meanings] = {}  # by model id, which fixes the weights
 
@@ -51,7 +58,9 @@ class ImageEncoder:
                 search=self._target,
                 encoder=self._target,
                 config=ClientConfig(
-                    max_message_bytes=self._max_message_bytes, chunk_items=_CHUNK_IMAGES
+                    max_message_bytes=self._max_message_bytes,
+                    chunk_items=_CHUNK_IMAGES,
+                    security=self._security,
                 ),
             )
         return self
@@ -82,12 +91,13 @@ class ImageEncoder:
         """
         client = self._connected(field)
         try:
-            encoded = await client.encode(
-                image,
-                feature_dtype=spec.feature_dtype,
-                with_activations=with_activations,
-                deadline_s=deadline_s,
-            )
+            with call.calling("encode_call"):
+                encoded = await client.encode(
+                    image,
+                    feature_dtype=spec.feature_dtype,
+                    with_activations=with_activations,
+                    deadline_s=deadline_s,
+                )
         except HashlensError as error:
             raise self._explained(error, field) from None
         return _fitted(encoded, spec, field)
@@ -104,9 +114,10 @@ class ImageEncoder:
         client = self._connected(fields[0])
         try:
             async with asyncio.timeout(deadline_s):
-                results = await client.encode_batch(
-                    images, feature_dtype=spec.feature_dtype, deadline_s=deadline_s
-                )
+                with call.calling("encode_call"):
+                    results = await client.encode_batch(
+                        images, feature_dtype=spec.feature_dtype, deadline_s=deadline_s
+                    )
         except TimeoutError:
             raise DeadlineError("encoding the images has not ended in time") from None
         except HashlensError as error:

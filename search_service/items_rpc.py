@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 
 from hashlens import convert
 from hashlens.rpc.limits import check_size
@@ -11,12 +12,16 @@ from search_service import checks, writes
 from search_service.calls import Calls, Context
 from search_service.images import ImageEncoder
 from search_service.items import items_of
+from search_service.storage.collection import Collection
+from search_service.upsert_stream import UpsertStream
 
 
 class ItemsRpc(Calls):
     """Answers what is asked about single items."""
 
     _images: ImageEncoder
+    stopping: asyncio.Event
+    """Set when the server stops."""
 
     async def Upsert(  # noqa: N802 - the contract's name
         self, request: spb.UpsertRequest, context: Context
@@ -38,6 +43,18 @@ class ItemsRpc(Calls):
         return spb.UpsertResponse(
             version=version, n_written=len(write.records), failures=write.failures
         )
+
+    async def UpsertStream(  # noqa: N802 - the contract's name
+        self, requests: AsyncIterator[spb.UpsertStreamRequest], context: Context
+    ) -> AsyncIterator[spb.UpsertStreamResponse]:
+        """Write items as they come, each by itself, and answer in their order."""
+
+        async def find(name: str) -> Collection:
+            return await self._collection(name, context)
+
+        stream = UpsertStream(find, self._images, self._threads, self._config)
+        async for reply in stream.answers(requests, context, self.stopping):
+            yield reply
 
     async def Delete(  # noqa: N802 - the contract's name
         self, request: spb.DeleteRequest, context: Context

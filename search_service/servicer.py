@@ -18,7 +18,6 @@ from hashlens.errors import (
     HashlensError,
     InvalidInputError,
 )
-from hashlens.rpc.channel import ChannelSecurity
 from hashlens.rpc.health import ServiceState
 from hashlens.rpc.limits import check_size
 from hashlens.rpc.metrics import Metric
@@ -27,6 +26,7 @@ from hashlens.types import (
     Query,
     Rank,
     SearchOptions,
+    SearchResult,
 )
 from hashlens.v1 import replica_service_pb2_grpc as rpb_grpc
 from hashlens.v1 import search_service_pb2 as spb
@@ -45,6 +45,7 @@ from search_service.index_keeper import IndexKeeper
 from search_service.items_rpc import ItemsRpc
 from search_service.maintenance import CompactRpc, Erasures
 from search_service.method_limits import METHOD_LIMITS
+from search_service.metrics import SearchMetrics
 from search_service.readiness import Readiness
 from search_service.replication.client import GrpcPeers
 from search_service.replication.servicer import ReplicaServicer, ServingLimits
@@ -81,6 +82,7 @@ class SearchServicer(CollectionsRpc, ItemsRpc, CompactRpc, VerifyRpc):
         self._is_open = False
         self.stopping = asyncio.Event()
         self._stack = AsyncExitStack()
+        self._metrics = SearchMetrics()
         self._threads = ThreadPoolExecutor(config.n_store_threads, thread_name_prefix="store")
         sketches = Sketches(config.sketch_memory_mb << 20) if config.sketch_memory_mb else None
         if sketches is not None:
@@ -128,11 +130,11 @@ class SearchServicer(CollectionsRpc, ItemsRpc, CompactRpc, VerifyRpc):
         self._stack.callback(self._executor.close)
         self._balls = BallStreamer(self._executor, config.max_message_bytes)
         self._images = await self._stack.enter_async_context(
-            ImageEncoder(config.encoder, config.max_message_bytes)
+            ImageEncoder(config.encoder, config.max_message_bytes, config.encoder_security)
         )
         store_config = StoreConfig(
             data_dir=config.data_dir,
-            redis_url=config.redis_url,
+            redis_url=config.store_url(),
             checkpoint_interval_s=config.checkpoint_interval_s,
             compaction_share=config.compaction_share,
             compaction_min_rows=config.compaction_min_rows,
@@ -143,7 +145,7 @@ class SearchServicer(CollectionsRpc, ItemsRpc, CompactRpc, VerifyRpc):
             scrub_mb_per_s=config.scrub_mb_per_s,
             scrub_interval_s=config.scrub_interval_s,
         )
-        peers = GrpcPeers(config.max_message_bytes, ChannelSecurity())
+        peers = GrpcPeers(config.max_message_bytes, config.peer_security)
         self._readiness.stage = "opening the store"
         # Kept, because a signal may end the waiting, but not the opening.
         self._opening = asyncio.ensure_future(asyncio.to_thread(Store.open, store_config, peers))
@@ -173,7 +175,8 @@ class SearchServicer(CollectionsRpc, ItemsRpc, CompactRpc, VerifyRpc):
 
     def metrics(self) -> Iterable[Metric]:
         """Return what Prometheus is told."""
-        return store_metrics(self._store)
+        yield from store_metrics(self._store)
+        yield from self._metrics.collect(self._executor, self._config.max_queue)
 
     async def close(self) -> None:
         """Stop the executor, checkpoint and close the store."""
@@ -199,10 +202,9 @@ class SearchServicer(CollectionsRpc, ItemsRpc, CompactRpc, VerifyRpc):
         wait_ns = time.monotonic_ns() - started_ns
         self._check_fits(1, snapshot, options)
         answerer = self._answerer(collection, snapshot, options, ends_s)
-        result = await answerer.answer(query, await answerer.meanings(), field="query")
-        reply = await reply_of(result, spec.n_bits, packed=options.packed)
-        reply.receipt.timings.wait_version_ns = wait_ns
-        reply.receipt.timings.total_ns = time.monotonic_ns() - started_ns
+        with self._metrics.query():
+            result = await answerer.answer(query, await answerer.meanings(), field="query")
+            reply = await self._replied(result, answerer, wait_ns, started_ns)
         check_size(reply.ByteSize(), self._config.max_message_bytes, _ADVICE)
         return reply
 
@@ -233,13 +235,12 @@ class SearchServicer(CollectionsRpc, ItemsRpc, CompactRpc, VerifyRpc):
             nonlocal answered_bytes
             field = f"queries[{i}]"
             try:
-                query = checks.query_of(message, collection.spec, options.rank, field=field)
-                result = await answerer.answer(query, meanings, field=field)
+                with self._metrics.query():
+                    query = checks.query_of(message, collection.spec, options.rank, field=field)
+                    result = await answerer.answer(query, meanings, field=field)
             except HashlensError as error:
                 return spb.SearchBatchResult(error=status_of(error))
-            reply = await reply_of(result, collection.spec.n_bits, packed=options.packed)
-            reply.receipt.timings.wait_version_ns = wait_ns
-            reply.receipt.timings.total_ns = time.monotonic_ns() - started_ns
+            reply = await self._replied(result, answerer, wait_ns, started_ns)
             # Refused as soon as it is too large: what waits then would not be sent.
             answered_bytes += reply.ByteSize()
             check_size(answered_bytes, self._config.max_message_bytes, _ADVICE)
@@ -275,11 +276,13 @@ class SearchServicer(CollectionsRpc, ItemsRpc, CompactRpc, VerifyRpc):
             with_code=request.with_code,
         )
         exact = not collection.is_lost
-        async for reply in self._balls.stream(ball, ends_s=ends_s, exact=exact):
-            if reply.HasField("receipt"):
-                reply.receipt.timings.MergeFrom(timings)
-                reply.receipt.timings.total_ns = time.monotonic_ns() - started_ns
-            yield reply
+        with self._metrics.query():
+            async for reply in self._balls.stream(ball, ends_s=ends_s, exact=exact):
+                if reply.HasField("receipt"):
+                    reply.receipt.timings.MergeFrom(timings)
+                    reply.receipt.timings.total_ns = time.monotonic_ns() - started_ns
+                    self._metrics.observe(reply.receipt, reply.receipt.timings)
+                yield reply
 
     async def Audit(  # noqa: N802 - the contract's name
         self, request: spb.AuditRequest, context: Context
@@ -298,11 +301,31 @@ class SearchServicer(CollectionsRpc, ItemsRpc, CompactRpc, VerifyRpc):
         wait_ns = time.monotonic_ns() - started_ns
         self._check_fits(1, snapshot, options)
         answerer = self._answerer(collection, snapshot, options, ends_s)
-        result = await self._auditor.audit(answerer, query, field="search.query")
+        with self._metrics.query():
+            result = await self._auditor.audit(answerer, query, field="search.query")
         reply = await asyncio.to_thread(convert.audit_to_proto, result, spec.n_bits)
         reply.answer.receipt.timings.wait_version_ns = wait_ns
         reply.answer.receipt.timings.total_ns = time.monotonic_ns() - started_ns
         check_size(reply.ByteSize(), self._config.max_message_bytes, _ADVICE)
+        return reply
+
+    async def _replied(
+        self, result: SearchResult, answerer: Answerer, wait_ns: int, started_ns: int
+    ) -> spb.SearchResponse:
+        """Return an answer's wire form, its receipt complete, and count what it cost."""
+        began_ns = time.monotonic_ns()
+        n_bits, packed = answerer.collection.spec.n_bits, answerer.options.packed
+        reply = await reply_of(result, n_bits, packed=packed)
+        ended_ns = time.monotonic_ns()
+        reply.receipt.timings.wait_version_ns = wait_ns
+        reply.receipt.timings.total_ns = ended_ns - started_ns
+        self._metrics.observe(
+            result.receipt,
+            result.receipt.timings,
+            wait_version_ns=wait_ns,
+            reply_ns=ended_ns - began_ns,
+            has_spans=answerer.is_alone,
+        )
         return reply
 
     def _check_fits(self, n_queries: int, snapshot: Snapshot, options: SearchOptions) -> None:

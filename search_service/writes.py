@@ -93,7 +93,7 @@ async def prepare(
             else:
                 embeddings[i] = result.embedding
     return Write(
-        records=[_record(items[i], embeddings[i]) for i in sorted(embeddings)],
+        records=[record_of(items[i], embeddings[i]) for i in sorted(embeddings)],
         failures=failures,
         request=request,
         has_images=bool(pictures),
@@ -116,7 +116,8 @@ def request_id_of(given: str) -> str:
     return given or uuid.uuid4().hex
 
 
-def _record(item: Item, embedding: Embedding) -> Record:
+def record_of(item: Item, embedding: Embedding) -> Record:
+    """Return an item as the store takes it, its image replaced by what the encoder made of it."""
     feature = b"" if embedding.feature is None else embedding.feature.tobytes()
     return Record(
         id=item.id,

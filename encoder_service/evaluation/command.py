@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from encoder_service.evaluation.config import EvaluateConfig
+from hashlens.cli.connect import secured
 from hashlens.cli.processes import interruptible
 from hashlens.cli.progress import Advance, step
 from hashlens.cli.text import console, printable
@@ -22,6 +23,7 @@ KEPT_LOG_LINES = 40
 
 
 @click.command()
+@secured
 @options(EvaluateConfig, "evaluate")
 def evaluate(config: EvaluateConfig) -> None:
     """Measure what codes are worth, on any labelled images.

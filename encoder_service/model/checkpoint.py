@@ -176,7 +176,7 @@ def default_checkpoint_path() -> Path:
     )
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: Path, *, sha256: str = "") -> Checkpoint:
     """Read a checkpoint.
 
     Nothing in the file is executed: pickled checkpoints, which could be, are refused.
@@ -185,6 +185,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     ----------
     path
         A file `save_checkpoint` wrote.
+    sha256
+        SHA-256 that the file must have, 64 hex digits; empty: any. The bytes that are hashed are
+        those that are used.
 
     Returns
     -------
@@ -194,10 +197,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises
     ------
     InvalidInputError
-        No such file, not a Hashlens checkpoint, of an unknown version, or its tensors are not
-        those of the architecture it names.
+        No such file, another one than `sha256` says, not a Hashlens checkpoint, of an unknown
+        version, or its tensors are not those of the architecture it names.
     """
-    plain = read_metadata(path)
+    plain, state = _read(path, sha256)
     try:
         preprocessing = Preprocessing.from_json(plain["preprocessing"])
         classes = tuple(str(name) for name in plain["classes"])
@@ -213,9 +216,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"{path}: its metadata is incomplete: {error!r}. Export the checkpoint again.",
             field=_FIELD,
         ) from error
-    state = safetensors.torch.load_file(path)
     _check_tensors(path, network, state)
-    # Copied, not assigned: the file's tensors lie unaligned in memory, and kernels round by that.
+    # Copied, not assigned: the file's tensors may lie unaligned, and kernels round by that.
     network.to_empty(device="cpu")
     network.load_state_dict(state)
     checkpoint = Checkpoint(network, preprocessing, classes, recipe, metrics, data_licence)
@@ -236,21 +238,31 @@ def read_metadata(path: Path) -> dict[str, Any]:
     InvalidInputError
         No such file, not a Hashlens checkpoint, or of an unknown version.
     """
+    return _read(path, "")[0]
+
+
+def _read(path: Path, sha256: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return a file's metadata and tensors, both from the very bytes that were hashed."""
     try:
-        with path.open("rb") as file:
-            magic = file.read(4)
+        data = path.read_bytes()
     except OSError as error:
         raise InvalidInputError(
             f"{path}: cannot be read: {error.strerror}.", field=_FIELD
         ) from error
+    if sha256 and (found := hashlib.sha256(data).hexdigest()) != sha256.lower():
+        raise InvalidInputError(
+            f"{path}: its SHA-256 is {found}, not the {sha256.lower()} that was asked for: it is "
+            "another file, or somebody has changed it. Get it again from where you trust it.",
+            field=_FIELD,
+        )
     try:
-        with safetensors.safe_open(path, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-        plain = json.loads(metadata[HEADER_KEY])
+        state = safetensors.torch.load(data)
+        n_header_bytes = int.from_bytes(data[:8], "little")
+        plain = json.loads(json.loads(data[8 : 8 + n_header_bytes])["__metadata__"][HEADER_KEY])
         version = plain["format_version"]
     except safetensors.SafetensorError as error:
         # Only now: a safetensors file begins with a length, which may look like either of these.
-        if magic.startswith((b"PK", b"\x80")):
+        if data.startswith((b"PK", b"\x80")):
             raise InvalidInputError(
                 f"{path}: this is a pickled PyTorch file. Loading one may run code hidden in it, "
                 "so Hashlens reads safetensors only: convert it where you trust it.",
@@ -272,7 +284,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
             field=_FIELD,
         )
     assert isinstance(plain, dict)
-    return plain
+    return plain, state
 
 
 def _finite(value: Any) -> float:

@@ -4,21 +4,80 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from hashlens.client import Client, wire
+from hashlens.client import Client, ClientConfig, wire
 from hashlens.errors import UnavailableError
+from hashlens.rpc.channel import ChannelSecurity
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_NOTED = "hashlens.security"
+
+ENCODER_METRICS = "127.0.0.1:50061"
+"""Where ``hashlens up`` puts the numbers of the encoder service."""
+
+SEARCH_METRICS = "127.0.0.1:50062"
+"""Where ``hashlens up`` puts the numbers of the search service."""
 
 PROBE_S = 2.0
 """Time for a health probe after a call has failed, in seconds."""
 
 
+def secured(function: F) -> F:
+    """Give a command options that say how services are known; `client_config` has their values."""
+    path = click.Path(dir_okay=False, path_type=Path)
+    for name, kind, metavar, text in (
+        ("insecure", bool, None, "Send a token without TLS to other machines, too."),
+        ("token_file", path, "FILE", "File with the bearer token to show."),
+        ("tls_name", str, "NAME", "Name in the services' certificates, where it is another one."),
+        ("tls_key", path, "FILE", "Private key of --tls-cert, PEM."),
+        ("tls_cert", path, "FILE", "Certificate to show to the services, PEM."),
+        ("tls_ca", path, "FILE", "Who signs the services' certificates, PEM; says --tls, too."),
+        ("tls", bool, None, "Use TLS; without --tls-ca public authorities are trusted."),
+    ):
+        flag = "--" + name.replace("_", "-")
+        function = click.option(
+            f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
+            name,
+            type=None if kind is bool else kind,
+            default=False if kind is bool else None,
+            envvar=f"HASHLENS_{name}".upper(),
+            show_envvar=True,
+            metavar=metavar,
+            help=text,
+            expose_value=False,
+            callback=_note,
+        )(function)
+    return function
+
+
+def _note(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+    assert parameter.name is not None
+    noted: dict[str, Any] = context.meta.setdefault(_NOTED, {})
+    if value is not None:
+        noted[parameter.name] = value
+
+
+def client_config() -> ClientConfig:
+    """Return how the running command's client knows the services, see `secured`.
+
+    Raises
+    ------
+    InvalidInputError
+        The options do not go together.
+    """
+    context = click.get_current_context(silent=True)
+    noted = {} if context is None else context.meta.get(_NOTED, {})
+    return ClientConfig(security=ChannelSecurity(**noted))
+
+
 def targets(function: F) -> F:
-    """Give a command the options ``--encoder`` and ``--search``."""
+    """Give a command the options ``--encoder`` and ``--search``, and those of `secured`."""
+    function = secured(function)
     for name, default in (("search", wire.SEARCH_TARGET), ("encoder", wire.ENCODER_TARGET)):
         function = click.option(
             f"--{name}",
@@ -49,7 +108,7 @@ def connected(search_target: str, encoder_target: str) -> Iterator[Client]:
     UnavailableError
         A service cannot be reached, or something behind it is away.
     """
-    with Client(search_target, encoder_target) as client:
+    with Client(search_target, encoder_target, config=client_config()) as client:
         try:
             yield client
         except UnavailableError as error:

@@ -8,7 +8,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from hashlens.cli.connect import targets
+from hashlens.cli.connect import client_config, targets
 from hashlens.cli.text import console, printable
 from hashlens.client import Client
 from hashlens.types import ServiceHealth
@@ -30,7 +30,7 @@ def health(
 
     The exit status is 0 only if all do; with -v, only if all are ready.
     """
-    with Client(search_target, encoder_target) as client:
+    with Client(search_target, encoder_target, config=client_config()) as client:
         states = {state.target: state for state in client.health()}
     rows = [
         (name, states[target])

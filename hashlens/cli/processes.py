@@ -66,11 +66,16 @@ class ServicesConfig:
     """Directory of the search service; made if it is not there."""
     encoder_listen: str = "127.0.0.1:0"
     search_listen: str = "127.0.0.1:0"
+    encoder_metrics: str = ""
+    """Where Prometheus reads the encoder's numbers; empty: nowhere."""
+    search_metrics: str = ""
     checkpoint: Path | None = None
     """None: the encoder's own default."""
     redis_url: str | None = None
     """None: an embedded store in `data`."""
     device: str = "auto"
+    insecure: bool = False
+    """Listen where others can reach it without TLS."""
     isolated: bool = False
     """Let no ``HASHLENS_*`` of the environment reach the services, and have the encoder's libraries
     put what they call temporary beside `data`."""
@@ -94,6 +99,16 @@ class Services:
         """Where the search service listens."""
         assert self._search.address is not None
         return reachable(self._search.address)
+
+    @property
+    def encoder_metrics(self) -> str | None:
+        """Where the encoder's numbers are; None: nowhere."""
+        return self._encoder.metrics
+
+    @property
+    def search_metrics(self) -> str | None:
+        """Where the search service's numbers are; None: nowhere."""
+        return self._search.metrics
 
     def watch(self) -> None:
         """Wait until a service ends.
@@ -185,14 +200,22 @@ def running(
 
 def _encoder_arguments(config: ServicesConfig, listen: str) -> list[str]:
     arguments = ["--listen", listen, "--device", config.device]
+    if config.insecure:
+        arguments += ["--insecure"]
     if config.checkpoint is not None:
         arguments += ["--checkpoint", str(config.checkpoint)]
+    if config.encoder_metrics:
+        arguments += ["--metrics-listen", config.encoder_metrics]
     return arguments
 
 
 def _search_arguments(config: ServicesConfig, encoder_listen: str) -> list[str]:
     arguments = ["--listen", config.search_listen, "--data-dir", str(config.data)]
     arguments += ["--encoder", reachable(encoder_listen)]
+    if config.insecure:
+        arguments += ["--insecure"]
+    if config.search_metrics:
+        arguments += ["--metrics-listen", config.search_metrics]
     return arguments
 
 

@@ -14,8 +14,8 @@ from grpc_health.v1 import health_pb2
 from hashlens import codes, convert
 from hashlens.errors import HashlensError, InvalidInputError
 from hashlens.packed_items import PackedItems
-from hashlens.rpc import limits
-from hashlens.rpc.channel import ChannelSecurity
+from hashlens.rpc import call, limits
+from hashlens.rpc.channel import CallMetadata, ChannelSecurity
 from hashlens.rpc.health import LIVENESS, READINESS, reasons_of
 from hashlens.rpc.status import error_of
 from hashlens.types import (
@@ -84,10 +84,14 @@ class Wire:
     _epochs: dict[str, str] = field(default_factory=dict)
     """The incarnation that the versions belong to, where it is known."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _metadata: CallMetadata = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._metadata = CallMetadata(self.config.security)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """Return what a call carries beside its request."""
-        return ()
+        return call.outgoing() + self._metadata()
 
     # -- encoder ---------------------------------------------------------------------------------
 

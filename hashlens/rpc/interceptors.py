@@ -54,7 +54,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             )
         if handler.stream_stream is not None:
             return grpc.stream_stream_rpc_method_handler(
-                self._stream(handler.stream_stream, method, None), parse, serialize
+                self._stream(_reading(handler.stream_stream, parse), method, None), None, serialize
             )
         return handler
 
@@ -165,3 +165,19 @@ class _ErrorLog:
             # One that goes on is not news: only its number is.
             self._more[kind] = 0
             asyncio.get_running_loop().call_later(_REPEAT_S, self._sum_up, kind)
+
+
+def _reading(
+    behaviour: Callable[..., Any], parse: Callable[[bytes], Any] | None
+) -> Callable[..., Any]:
+    """Have a handler of many requests read them through `parse`, and refuse what is none."""
+
+    async def each(requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        async for data in requests:
+            request = parsed(parse, data)
+            # One that is large is not kept until the next has come.
+            del data
+            yield request
+            del request
+
+    return lambda requests, context: behaviour(each(requests), context)

@@ -17,14 +17,17 @@ import grpc
 from hashlens.errors import HashlensError
 from hashlens.rpc import health, method_limits
 from hashlens.rpc.admission import Admission, AdmissionInterceptor
+from hashlens.rpc.auth import access
 from hashlens.rpc.health import HealthServicer, ServiceState
 from hashlens.rpc.intake import Intake
 from hashlens.rpc.interceptors import ErrorInterceptor, GateInterceptor
 from hashlens.rpc.metrics import Metric, exposed
 from hashlens.rpc.ports import bind
+from hashlens.rpc.reflection import reflect
 from hashlens.rpc.server_config import ServerConfig
 from hashlens.rpc.side_servers import side_servers
 from hashlens.rpc.stop_signals import stop_signals
+from hashlens.rpc.telemetry import Telemetry
 from hashlens.rpc.watchdog import LoopWatchdog, end_within
 
 logger = logging.getLogger(__name__)
@@ -74,7 +77,7 @@ async def serve(config: ServerConfig, service: Service) -> None:
 
     Health says NOT_SERVING until the service has warmed up, and first of all on a signal; running
     calls then get `grace_s`. When it serves, one line of JSON on standard output says where:
-    ``{"listening": "127.0.0.1:50051", "pid": 4711}``.
+    ``{"listening": "127.0.0.1:50051", "pid": 4711}``, and under ``metrics`` where those are read.
 
     For a process's main thread: after the signal, the process ends in bounded time.
 
@@ -83,6 +86,7 @@ async def serve(config: ServerConfig, service: Service) -> None:
     HashlensError
         What `warm_up` raises; OSError if the address cannot be had.
     """
+    telemetry = Telemetry(config, service.names)
     limits = method_limits.resolve(
         service.names, service.method_limits, method_limits.parse(config.method_limits)
     )
@@ -98,7 +102,13 @@ async def serve(config: ServerConfig, service: Service) -> None:
     )
     gate = GateInterceptor()
     server = grpc.aio.server(
-        interceptors=[ErrorInterceptor(), gate, AdmissionInterceptor(admission)],
+        interceptors=[
+            telemetry,
+            ErrorInterceptor(),
+            gate,
+            *access(config.tokens),
+            AdmissionInterceptor(admission),
+        ],
         options=[
             ("grpc.max_send_message_length", config.max_message_bytes),
             ("grpc.max_receive_message_length", config.max_message_bytes),
@@ -111,6 +121,8 @@ async def serve(config: ServerConfig, service: Service) -> None:
     checks = HealthServicer(service.names)
     health.add_to(server, checks)
     service.register(server)
+    if config.reflection:
+        reflect(server, service.names)
     watchdog = LoopWatchdog(config.stall_s)
     async with contextlib.AsyncExitStack() as stack:
         stop = stack.enter_context(stop_signals())
@@ -129,10 +141,12 @@ async def serve(config: ServerConfig, service: Service) -> None:
                 gc.freeze()
                 gate.open()
                 checks.note(service.state(), is_open=True)
+                said = {"listening": address, "pid": os.getpid()}
                 if config.metrics_listen:
-                    where = metrics.enter_context(exposed(config.metrics_listen, service.metrics))
-                    logger.info("metrics on http://%s/metrics", where)
-                sys.stdout.write(json.dumps({"listening": address, "pid": os.getpid()}) + "\n")
+                    source = telemetry.collecting(service.metrics)
+                    said["metrics"] = metrics.enter_context(exposed(config.metrics_listen, source))
+                    logger.info("metrics on http://%s/metrics", said["metrics"])
+                sys.stdout.write(json.dumps(said) + "\n")
                 sys.stdout.flush()
                 logger.info("serving %s on %s", ", ".join(service.names), address)
                 await stop.wait()
@@ -148,6 +162,7 @@ async def serve(config: ServerConfig, service: Service) -> None:
             await server.stop(config.grace_s)
             metrics.close()
             await service.close()
+            await telemetry.close()
 
 
 async def _keep_looking(service: Service, checks: HealthServicer, gate: GateInterceptor) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 from hashlens.config import setting
 from hashlens.errors import InvalidInputError
 from hashlens.rpc import method_limits
+from hashlens.rpc.addresses import is_loopback
 from hashlens.rpc.limits import DEADLINE_S, MAX_MESSAGE_BYTES
-from hashlens.rpc.logs import LogFormat
+from hashlens.rpc.logs import LOG_BURST, LogFormat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +56,37 @@ class ServerConfig:
     stall_s: float = setting(
         2.0, "An event loop that does not turn for this long is logged, in seconds."
     )
+    tls_cert: Path | None = setting(
+        None, "PEM file of the certificate to serve with; read again when it changes."
+    )
+    tls_key: Path | None = setting(None, "PEM file of its private key.")
+    tls_client_ca: Path | None = setting(
+        None, "PEM file of who signs clients' certificates; one without is turned away (mTLS)."
+    )
+    tokens: Path | None = setting(
+        None, "File of the bearer tokens that are accepted, `SCOPE TOKEN [NAME]` a line."
+    )
+    insecure: bool = setting(
+        False, "Listen where others can reach it without TLS, and send tokens without it."
+    )
+    reflection: bool = setting(False, "Describe the services to tools such as grpcurl.")
     metrics_listen: str = setting(
         "", "Address and port of /metrics over HTTP, for Prometheus; empty: none."
     )
     log_level: str = setting("info", "Lowest level that is logged.")
     log_format: LogFormat = setting("text", "How logs are written.")
+    log_burst: int = setting(
+        LOG_BURST, "Most like warnings that are logged in ten seconds; 0: all."
+    )
+    access_log: bool = setting(False, "Log a line for each call, health checks excepted.")
+    otlp_endpoint: str = setting(
+        "",
+        "OpenTelemetry collector that spans are sent to, http://host:port or https://host:port, by "
+        "OTLP over gRPC; empty: none.",
+    )
+    trace_sample_ratio: float = setting(
+        1.0, "Share of the traces begun here that are recorded; a caller's own decision holds."
+    )
 
     def __post_init__(self) -> None:
         for name in ("listen", "health_listen", "admin_listen", "metrics_listen"):
@@ -68,7 +95,7 @@ class ServerConfig:
             fits = bool(host) and port.isdecimal() and int(port) < 65536
             if not fits and (value or name == "listen"):
                 raise InvalidInputError(f"{name} is host:port, not {value!r}", field=name)
-        if self.admin_listen and not _is_loopback(self.admin_listen):
+        if self.admin_listen and not is_loopback(self.admin_listen):
             raise InvalidInputError(
                 f"admin_listen is on a loopback address such as 127.0.0.1, not "
                 f"{self.admin_listen}: it has no TLS and tells who is connected",
@@ -81,6 +108,7 @@ class ServerConfig:
                 f"max_message_bytes ({self.max_message_bytes})",
                 field="max_bytes_in_flight",
             )
+        self._check_security()
         if self.log_level.upper() not in logging.getLevelNamesMapping():
             raise InvalidInputError(f"log_level {self.log_level!r} is none of logging's")
         for name in (
@@ -89,16 +117,23 @@ class ServerConfig:
         ):
             if getattr(self, name) <= 0:
                 raise InvalidInputError(f"{name} is above 0", field=name)
-        for name in ("grace_s", "flush_s"):
+        for name in ("grace_s", "flush_s", "log_burst"):
             if getattr(self, name) < 0:
                 raise InvalidInputError(f"{name} is 0 or more", field=name)
+        if not 0 <= self.trace_sample_ratio <= 1:
+            raise InvalidInputError("trace_sample_ratio is 0 to 1", field="trace_sample_ratio")
 
-
-def _is_loopback(address: str) -> bool:
-    host = address.rpartition(":")[0].strip("[]")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    def _check_security(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise InvalidInputError("tls_cert and tls_key go together: give both", field="tls_key")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise InvalidInputError(
+                "tls_client_ca needs tls_cert and tls_key", field="tls_client_ca"
+            )
+        if self.tls_cert is None and not self.insecure and not is_loopback(self.listen):
+            raise InvalidInputError(
+                f"{self.listen} can be reached from elsewhere, and nothing would be encrypted. "
+                "Give --tls-cert and --tls-key, listen on 127.0.0.1 or [::1], or say --insecure if "
+                "the network keeps strangers away.",
+                field="listen",
+            )

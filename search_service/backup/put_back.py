@@ -27,6 +27,7 @@ from hashlens.errors import (
 from search_service.backup import archive, catalog_file
 from search_service.backup.archive import Saved
 from search_service.backup.files import Pace, copy
+from search_service.redis_config import RedisConfig
 from search_service.storage import data_dir, layout, manifest
 from search_service.storage.catalog import Catalog
 from search_service.storage.embedded import EmbeddedRedis
@@ -44,14 +45,11 @@ _REPORT_ITEMS: Final = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class RestoreConfig:
+class RestoreConfig(RedisConfig):
     """Options of `hashlens restore`."""
 
     data_dir: Path = setting(
         Path("hashlens-data"), "Data directory to restore into; no service may be using it."
-    )
-    redis_url: str | None = setting(
-        None, "Redis or Valkey, redis://... or unix://...; without, the one beside the data."
     )
     mb_per_s: float = setting(0.0, "Read at most so much, in MB per second; 0: no limit.")
 
@@ -141,8 +139,9 @@ def _held(config: RestoreConfig) -> Iterator[str]:
     """Hold the data directory; yield where Redis is."""
     with contextlib.ExitStack() as resources:
         resources.callback(os.close, data_dir.lock(config.data_dir))
-        if config.redis_url is not None:
-            yield config.redis_url
+        url = config.store_url()
+        if url is not None:
+            yield url
         else:
             yield resources.enter_context(EmbeddedRedis(config.data_dir / "redis")).url
 

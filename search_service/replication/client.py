@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import grpc
 
 from hashlens.errors import UnavailableError
-from hashlens.rpc.channel import ChannelSecurity, connect
+from hashlens.rpc.channel import CallMetadata, ChannelSecurity, connect
 from hashlens.rpc.status import error_of_call
 from hashlens.v1 import replica_service_pb2 as rpb
 from hashlens.v1 import replica_service_pb2_grpc as rpb_grpc
@@ -40,6 +40,7 @@ class GrpcPeers:
         read_s: float = 20.0,
     ) -> None:
         self._security = security
+        self._metadata = CallMetadata(security)
         self._options = [
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.enable_retries", 0),
@@ -54,7 +55,9 @@ class GrpcPeers:
         """See `Peers.list_files`."""
         request = rpb.ListFilesRequest(collection=collection, epoch=epoch, min_version=min_version)
         try:
-            reply = self._stub(address).ListFiles(request, timeout=self._list_s)
+            reply = self._stub(address).ListFiles(
+                request, timeout=self._list_s, metadata=self._metadata()
+            )
         except grpc.RpcError as failure:
             raise error_of_call(failure) from None
         except ValueError:  # The channel was closed meanwhile.
@@ -65,7 +68,9 @@ class GrpcPeers:
         """See `Peers.read_file`."""
         request = rpb.ReadFileRequest(lease=lease, name=name, offset=offset)
         try:
-            call = self._stub(address).ReadFile(request, timeout=self._read_s)
+            call = self._stub(address).ReadFile(
+                request, timeout=self._read_s, metadata=self._metadata()
+            )
         except ValueError:
             raise _closing() from None
         try:

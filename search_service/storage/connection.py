@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import random
+import ssl
+import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import redis
@@ -37,7 +41,9 @@ _AWAY: Final = ("CLUSTERDOWN", "NOREPLICAS", "MOVED", "ASK", "NOPERM")
 def connect(url: str, timeout_s: float) -> redis.Redis:
     """Return a client whose every wait is at most `timeout_s`; it connects when first used.
 
-    Retries are off: the same command must not run twice behind the caller's back.
+    Retries are off: the same command must not run twice behind the caller's back. Beside what
+    redis-py knows, the URL's query may have a ``password_file``. It and the files of TLS are read
+    at each connection.
 
     Raises
     ------
@@ -60,11 +66,38 @@ def connect(url: str, timeout_s: float) -> redis.Redis:
             f"this is no Redis URL ({type(error).__name__}). Give redis://, rediss:// or unix://.",
             field="redis_url",
         ) from None
+    given = pool.connection_kwargs
     # What the URL's own query string says must not undo them.
-    pool.connection_kwargs.update(settings)
+    given.update(settings)
+    if pool.connection_class is redis.SSLConnection:
+        given["ssl_min_version"] = ssl.TLSVersion.TLSv1_2
+    if (path := given.pop("password_file", None)) is not None:
+        if given.pop("password", None):
+            raise InvalidInputError(
+                "the URL of Redis has a password, and there is a file with one: give one of them",
+                field="redis_password_file",
+            )
+        given["credential_provider"] = _PasswordFile(Path(path), given.pop("username", None))
     client = redis.Redis.from_pool(pool)
     client.set_response_callback("XREAD", lambda response, **_: response)
     return client
+
+
+class _PasswordFile(redis.CredentialProvider):
+    """The password that a file holds at the moment."""
+
+    def __init__(self, path: Path, username: str | None) -> None:
+        self._path = path
+        self._username = username
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        try:
+            password = self._path.read_text("utf-8").strip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise redis.AuthenticationError(
+                f"{self._path} cannot be read: {type(error).__name__}"
+            ) from None
+        return (password,) if self._username is None else (self._username, password)
 
 
 def run_script(
@@ -72,6 +105,30 @@ def run_script(
 ) -> Any:
     """Run a script by its hash, loading it where the server does not have it."""
     return client.register_script(source)(keys=keys, args=arguments)
+
+
+@dataclass(slots=True)
+class RedisState:
+    """How calls to Redis went; thread-safe to write, read field by field."""
+
+    is_connected: bool = False
+    """Whether the last call got an answer, be it a refusal."""
+    last_s: float = 0.0
+    """How long the last call took."""
+    total_s: float = 0.0
+    n_calls: int = 0
+    n_failures: int = 0
+    """Calls that got no answer, or a refusal."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def note(self, took_s: float, *, is_connected: bool, has_failed: bool = False) -> None:
+        """Count a call."""
+        with self._lock:
+            self.is_connected = is_connected
+            self.last_s = took_s
+            self.total_s += took_s
+            self.n_calls += 1
+            self.n_failures += has_failed
 
 
 class Caller:
@@ -96,6 +153,8 @@ class Caller:
             self._clients[timeout_s] = connect(url, timeout_s)
             timeout_s /= 2
         self._clients[_SHORTEST_TIMEOUT_S] = connect(url, _SHORTEST_TIMEOUT_S)
+        self.state = RedisState()
+        """How the calls went."""
 
     def run(self, action: Callable[[redis.Redis], T], deadline_s: float) -> T:
         """Return what `action` returns.
@@ -113,9 +172,15 @@ class Caller:
         pause_s = _FIRST_PAUSE_S
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             client = self._client(give_up - time.monotonic())
+            began_s = time.monotonic()
             try:
-                return action(client)
+                value = action(client)
+                self.state.note(time.monotonic() - began_s, is_connected=True)
+                return value
             except redis.RedisError as error:
+                is_away = isinstance(error, redis.ConnectionError | redis.TimeoutError)
+                took_s = time.monotonic() - began_s
+                self.state.note(took_s, is_connected=not is_away, has_failed=True)
                 if _code(error) in _DEMOTED:
                     # A demoted server keeps its clients; only new connections find the primary.
                     self._disconnect()

@@ -11,7 +11,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -47,7 +47,7 @@ class ResyncConfig:
     """What a `Resyncer` needs to know."""
 
     data_dir: Path
-    redis_url: str
+    redis_url: str = field(repr=False)
     timeout_s: float
     """The longest wait for one reply of Redis, in seconds."""
     segment_bytes: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from search_service.storage.replicas import FORGET_S, SILENCE_S
@@ -14,7 +14,7 @@ class StoreConfig:
 
     data_dir: Path
     """Where this replica's files are; made if it is not there. One process at a time."""
-    redis_url: str | None = None
+    redis_url: str | None = field(default=None, repr=False)
     """``redis://``, ``rediss://`` or ``unix://``; Redis 7.0 or newer, or Valkey. None: a server of
     the store's own, whose data are in `data_dir`, too."""
     checkpoint_interval_s: float = 30.0

@@ -10,6 +10,7 @@ import grpc
 import numpy as np
 import pytest
 
+from hashlens.rpc.channel import ChannelSecurity
 from hashlens.types import CollectionSpec
 from hashlens.v1 import encoder_service_pb2 as enc
 from search_service.explain import Meanings
@@ -20,7 +21,7 @@ SPEC = CollectionSpec(name="photos", model_id="m", n_bits=8, dim=0)
 
 def meanings(target: str | None, deadline_s: float) -> Meanings:
     async def ask() -> Meanings:
-        async with ImageEncoder(target, 2**20) as images:
+        async with ImageEncoder(target, 2**20, ChannelSecurity()) as images:
             return await images.meanings(SPEC, deadline_s=deadline_s)
 
     return asyncio.run(ask())
@@ -94,7 +95,7 @@ def test_what_an_encoder_says_of_its_model(said: enc.GetModelResponse, detail: s
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         try:
-            async with ImageEncoder(f"127.0.0.1:{port}", 2**23) as images:
+            async with ImageEncoder(f"127.0.0.1:{port}", 2**23, ChannelSecurity()) as images:
                 return await images.meanings(SPEC, deadline_s=10)
         finally:
             await server.stop(None)
