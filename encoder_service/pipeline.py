@@ -70,11 +70,6 @@ class EncodePipeline:
         await asyncio.to_thread(self._decoders.shutdown, wait=True, cancel_futures=True)
 
     @property
-    def n_admitted(self) -> int:
-        """Images that are decoded, wait, or are in the model."""
-        return self._n_admitted
-
-    @property
     def n_waiting(self) -> int:
         """Images that wait for the model."""
         return self._batcher.n_waiting

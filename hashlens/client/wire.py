@@ -64,14 +64,16 @@ class ClientConfig:
     """Most items that one Upsert of embeddings carries: a call costs as much as some hundred."""
     chunk_bytes: int = 8 * 2**20
     """About how many bytes one Upsert or EncodeBatch carries, but for one larger item."""
+    stream_items: int = 256
+    """Most items of a stream that are taken from the caller and not answered, of `chunk_bytes`."""
     security: ChannelSecurity = ChannelSecurity()
     """How the services are known, and what is shown to them."""
 
     def __post_init__(self) -> None:
         if self.deadline_s <= 0:
             raise InvalidInputError("every call needs a deadline: set deadline_s above 0")
-        if min(self.chunk_items, self.chunk_embeddings, self.chunk_bytes) < 1:
-            raise InvalidInputError("a chunk holds at least one item")
+        if min(self.chunk_items, self.chunk_embeddings, self.chunk_bytes, self.stream_items) < 1:
+            raise InvalidInputError("a chunk and a stream hold at least one item")
 
 
 @dataclass(slots=True)
@@ -100,13 +102,13 @@ class Wire:
     ) -> enc.EncodeRequest:
         """Build an Encode."""
         self._check_size(len(image), "send a smaller picture")
-        return enc.EncodeRequest(image=image, options=_encode_options(feature_dtype, activations))
+        return enc.EncodeRequest(image=image, options=encode_options(feature_dtype, activations))
 
     def encode_batches(
         self, images: Sequence[bytes], feature_dtype: FeatureDtype | None, activations: bool
     ) -> Iterator[enc.EncodeBatchRequest]:
         """Build the EncodeBatch calls for any number of images."""
-        options = _encode_options(feature_dtype, activations)
+        options = encode_options(feature_dtype, activations)
         most = self.config.chunk_items
         for chunk in self._chunks((image, len(image), most) for image in images):
             request = enc.EncodeBatchRequest(images=chunk, options=options)
@@ -382,7 +384,8 @@ def _chunk_id(base: str, n: int) -> str:
     return own if len(own.encode()) <= 64 else hashlib.blake2b(own.encode()).hexdigest()[:64]
 
 
-def _encode_options(feature_dtype: FeatureDtype | None, activations: bool) -> enc.EncodeOptions:
+def encode_options(feature_dtype: FeatureDtype | None, activations: bool) -> enc.EncodeOptions:
+    """Build what an image is encoded to."""
     return enc.EncodeOptions(
         feature_dtype=convert.dtype_to_proto(feature_dtype), with_activations=activations
     )
