@@ -66,6 +66,7 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
                 device=config.device,
                 n_threads=config.n_threads,
                 autocast=config.autocast,
+                compile=config.compile,
             )
         )
         self._pipeline = await self._stack.enter_async_context(EncodePipeline(encoder, config))
