@@ -32,6 +32,9 @@ class EncoderConfig(ServerConfig):
     autocast: Literal["off", "bfloat16", "float16"] = setting(
         "off", "Number format of the model on CUDA; one setting for a whole collection."
     )
+    compile: bool = setting(
+        False, "Let torch.compile make code for the model; one setting for a whole collection."
+    )
     n_threads: int = setting(0, "CPU threads of the model; 0: what is best for its size.")
     n_decode_threads: int = setting(0, "Threads that decode images; 0: one for each CPU.")
     max_batch: int = setting(32, "Most images of one forward pass.")

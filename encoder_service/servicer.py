@@ -75,6 +75,7 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
                 device=config.device,
                 n_threads=config.n_threads,
                 autocast=config.autocast,
+                compile=config.compile,
             )
         )
         self._state = ServiceState(is_ready=False, reasons=("warming up the model",))

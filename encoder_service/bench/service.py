@@ -67,6 +67,13 @@ def serving(
 ) -> Iterator[ServiceProcess]:
     """Run the encoder service while the block runs."""
     log = console(stderr=True)
+    stopping = threading.Event()
+
+    def show(name: str, line: str) -> None:
+        # At its end, a library of torch's prints pages about itself.
+        if not stopping.is_set():
+            log.print(f"{name}  {printable(line)}")
+
     arguments = ["--listen", "127.0.0.1:0", "--checkpoint", str(checkpoint), "--device", "cpu"]
     arguments += ["--log-level", "warning", "--n-threads", str(config.threads)]
     arguments += ["--max-batch", str(max_batch), "--max-wait-ms", str(max_wait_ms)]
@@ -76,7 +83,7 @@ def serving(
         "encoder_service",
         arguments,
         {k: v for k, v in os.environ.items() if not k.startswith("HASHLENS_")},
-        lambda name, line: log.print(f"{name}  {printable(line)}"),
+        show,
     )
     try:
         ends_s = time.monotonic() + START_DEADLINE_S
@@ -86,6 +93,7 @@ def serving(
             time.sleep(POLL_S)
         yield process
     finally:
+        stopping.set()
         process.terminate()
         process.finish(threading.Event())
 
