@@ -7,6 +7,9 @@ parser ever sees the bytes.
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import logging
 import re
 import warnings
 from collections.abc import Callable
@@ -14,7 +17,7 @@ from dataclasses import dataclass
 from typing import IO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, _imaging
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
@@ -34,7 +37,8 @@ class DecodeLimits:
     max_bytes: int = 20 * 1024 * 1024
     """Length of the encoded image."""
     max_pixels: int = 50_000_000
-    """Width times height, from the header. Decoding takes about 8 bytes of memory for each."""
+    """Width times height, from the header. Decoding takes 8 bytes of memory for each, of a WebP
+    16, before anything else."""
 
 
 FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF")
@@ -91,6 +95,7 @@ def decode(data: bytes, limits: DecodeLimits) -> Image.Image:
         )
     name, opener = _sniff(data)
     structure = pixel_limit(name, data)
+    _silence_parsers()
     # A filter that stays, because `warnings.catch_warnings` swaps state of the whole process and
     # is not safe in a pool of threads.
     if _PILLOW_WARNINGS not in warnings.filters:
@@ -188,6 +193,18 @@ def _on_white(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", layer.size, "white")
         whole.paste(Image.alpha_composite(white, layer).convert("RGB"), (0, top))
     return whole
+
+
+@functools.cache
+def _silence_parsers() -> None:
+    """Have Pillow and libtiff write no logs of their own: a stranger would fill ours with them."""
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    library = ctypes.CDLL(_imaging.__file__)
+    for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+        handler = getattr(library, name, None)  # Missing where Pillow was built to hide it.
+        if handler is not None:
+            handler.argtypes, handler.restype = (ctypes.c_void_p,), ctypes.c_void_p
+            handler(None)
 
 
 def _first_line(error: Exception) -> str:

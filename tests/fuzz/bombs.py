@@ -40,7 +40,7 @@ def png(width: int, height: int, *, depth: int, colour: int, body: bytes) -> byt
 def _png_zeros(width: int, height: int, *, depth: int, colour: int, filter_type: int) -> bytes:
     samples = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
     row = bytes([filter_type]) + bytes((width * samples * depth + 7) // 8)
-    packer = zlib.compressobj(9)
+    packer = zlib.compressobj(1)
     packed = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
     return png(width, height, depth=depth, colour=colour, body=png_chunk(b"IDAT", packed))
 
@@ -282,7 +282,6 @@ def bombs(*, size_bytes: int = FULL_BYTES, side: int = SIDE) -> Iterator[tuple[s
     side
         Width and height of those whose pixels are what costs.
     """
-    noise = Image.effect_noise((side, side), 80)
     makers: dict[str, Callable[[], bytes]] = {
         "png 16-bit rgba": lambda: _png_zeros(side, side, depth=16, colour=6, filter_type=4),
         "png rgba": lambda: _png_zeros(side, side, depth=8, colour=6, filter_type=4),
@@ -350,7 +349,12 @@ def bombs(*, size_bytes: int = FULL_BYTES, side: int = SIDE) -> Iterator[tuple[s
         "webp lossless": lambda: encoded(
             Image.new("RGBA", (side, side), (1, 2, 3, 4)), "WEBP", lossless=True, method=0
         ),
-        "webp lossy": lambda: encoded(noise.convert("RGB"), "WEBP", quality=1, method=0),
+        "webp lossy": lambda: encoded(
+            Image.effect_noise((side // 2, side // 2), 80).convert("RGB"),
+            "WEBP",
+            quality=1,
+            method=0,
+        ),
         "webp chunks": lambda: _webp_chunks(size_bytes),
     }
     for name, make in makers.items():
