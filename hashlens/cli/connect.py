@@ -31,7 +31,7 @@ def secured(function: F) -> F:
     """Give a command options that say how services are known; `client_config` has their values."""
     path = click.Path(dir_okay=False, path_type=Path)
     for name, kind, metavar, text in (
-        ("insecure", bool, None, "Send a token without TLS to other machines, too."),
+        ("insecure", bool, None, "Do without TLS where others can listen, too."),
         ("token_file", path, "FILE", "File with the bearer token to show."),
         ("tls_name", str, "NAME", "Name in the services' certificates, where it is another one."),
         ("tls_key", path, "FILE", "Private key of --tls-cert, PEM."),
@@ -108,17 +108,28 @@ def connected(search_target: str, encoder_target: str) -> Iterator[Client]:
     UnavailableError
         A service cannot be reached, or something behind it is away.
     """
-    with Client(search_target, encoder_target, config=client_config()) as client:
+    config = client_config()
+    with Client(search_target, encoder_target, config=config) as client:
         try:
             yield client
         except UnavailableError as error:
-            raise _explained(error, client, search_target, encoder_target) from error
+            raise _explained(
+                error, client, search_target, encoder_target, config.security
+            ) from error
 
 
 def _explained(
-    error: UnavailableError, client: Client, search_target: str, encoder_target: str
+    error: UnavailableError,
+    client: Client,
+    search_target: str,
+    encoder_target: str,
+    security: ChannelSecurity,
 ) -> UnavailableError:
-    away = {state.target for state in client.health(deadline_s=PROBE_S) if not state.serving}
+    away = {
+        state.target: state.detail
+        for state in client.health(deadline_s=PROBE_S)
+        if not state.serving
+    }
     names = [
         f"the {name} service at {target}"
         for name, target in (("encoder", encoder_target), ("search", search_target))
@@ -126,7 +137,13 @@ def _explained(
     ]
     if not names:
         return error
+    if security.is_tls:
+        # Of gRPC's chain of causes, the last says most.
+        reason = next(iter(away.values())).rpartition(": ")[2]
+        advice = f"The last words: {reason}. The certificates are those of --tls-ca, --tls-cert?"
+    else:
+        advice = "If they use TLS, name who signs their certificates with --tls-ca."
     return UnavailableError(
         f"{' and '.join(names)} cannot be reached. Start both with `hashlens up`, or say where "
-        "they are with --encoder and --search."
+        f"they are with --encoder and --search. {advice}"
     )

@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
+from hashlens.cli.connect import client_config, secured
 from hashlens.cli.extras import require
 from hashlens.cli.processes import Services, ServicesConfig, interruptible, running
 from hashlens.cli.text import console, counted, printable
@@ -63,9 +64,7 @@ _STYLES = {"encoder": "cyan", "search": "magenta"}
     "--redis-url", metavar="URL", help="A store of your own; without it an embedded one in --data."
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-@click.option(
-    "--insecure", is_flag=True, help="Listen where others can reach it, without encryption."
-)
+@secured
 def up(
     data: Path,
     encoder_listen: str,
@@ -75,12 +74,12 @@ def up(
     checkpoint: Path | None,
     redis_url: str | None,
     device: str,
-    insecure: bool,
 ) -> None:
     """Run both services until Ctrl-C.
 
     The store is an embedded one unless you name another. What was acknowledged is kept. Logs go to
-    standard error. A second Ctrl-C does not wait for calls in flight.
+    standard error. A second Ctrl-C does not wait for calls in flight. The services take what else
+    they can be told from the environment (HASHLENS_ENCODER_..., HASHLENS_SEARCH_...).
     """
     require("encoder", "search", purpose="hashlens up")
     data.mkdir(parents=True, exist_ok=True)
@@ -93,7 +92,7 @@ def up(
         checkpoint=None if checkpoint is None else checkpoint.resolve(),
         redis_url=redis_url,
         device=device,
-        insecure=insecure,
+        insecure=client_config().security.insecure,
     )
     log = console(stderr=True)
     click.echo("starting both services, which takes some seconds", err=True)
@@ -120,7 +119,7 @@ def _print_log(log: Console, name: str, line: str) -> None:
 
 def _greet(services: Services, config: ServicesConfig) -> None:
     """Say what runs, and what to do next."""
-    with Client(services.search, services.encoder) as client:
+    with Client(services.search, services.encoder, config=client_config()) as client:
         model = client.model()
         found = client.collections()
     items = sum(info.n_items for info in found)

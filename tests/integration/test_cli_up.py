@@ -55,7 +55,8 @@ def alive(pids: set[int]) -> set[int]:
 class Up:
     """A running `hashlens up`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: str, encoder_listen: str = "127.0.0.1:0") -> None:
+        self.options = ["--encoder-listen", encoder_listen, *options]
         self.folder = folder
         self.log = folder / "up.log"
         self.said = folder / "up.out"
@@ -64,7 +65,7 @@ class Up:
         with self.said.open("w") as out, self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [*HASHLENS, "up", "--data", str(self.folder / "data"),
-                 "--encoder-listen", "127.0.0.1:0", "--search-listen", "127.0.0.1:0"],
+                 "--search-listen", "127.0.0.1:0", *self.options],
                 stdout=out,
                 stderr=log,
                 start_new_session=True,
@@ -135,6 +136,22 @@ def test_ctrl_c_stops_it_and_nothing_is_lost(tmp_path: Path, pictures: Path) -> 
         assert answers(up, query) == before
         summary = up.run("index", str(pictures))
         assert (summary["indexed"], summary["unchanged"], summary["items"]) == (0, 40, 40)
+
+
+def test_listening_in_the_open_has_to_be_asked_for(tmp_path: Path) -> None:
+    command = [*HASHLENS, "up", "--data", str(tmp_path / "data"), "--search-listen", "127.0.0.1:0"]
+    done = subprocess.run(
+        [*command, "--encoder-listen", "0.0.0.0:0"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "--insecure" in done.stderr
+    assert "--tls-cert" in done.stderr
+    with Up(tmp_path, "--insecure", encoder_listen="0.0.0.0:0") as up:
+        assert up.run("health")["serving"]
+        assert "whoever reaches 0.0.0.0:0 may" in up.log.read_text()
 
 
 def test_a_service_that_dies_brings_the_other_down(tmp_path: Path) -> None:

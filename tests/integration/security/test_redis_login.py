@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import socket
 import subprocess
 import threading
@@ -24,43 +23,19 @@ from search_service.config import SearchConfig
 from search_service.redis_config import RedisConfig
 from search_service.storage import Record, Store, StoreConfig
 from search_service.storage.connection import Caller, connect
+from tests.integration.security.redis_guard import (
+    ADMIN_PASSWORD,
+    PASSWORD,
+    GuardedRedis,
+    documented_rule,
+)
 from tests.support.certificates import Authority, Pair
-from tests.support.redis_server import RedisServer, server_binaries
+from tests.support.redis_server import server_binaries
 from tests.support.replicas import replica
 from tests.support.stores import DEADLINE_S, make_records, wait_until
 from tests.support.tls_proxy import TlsProxy
 
-OPERATIONS = Path(__file__).parents[3] / "docs" / "operations.md"
 SPEC = CollectionSpec("photos", "m", 64, 8, FeatureDtype.F16, 1000)
-PASSWORD = "hunter2-of-hashlens"
-ADMIN_PASSWORD = "hunter2-of-the-admin"
-
-
-def documented_rule() -> list[str]:
-    """The ACL rule that docs/operations.md gives, without the user's name and password."""
-    (rule,) = re.findall(
-        r"^ACL SETUSER hashlens on '>PASSWORD' (.*)$", OPERATIONS.read_text(), re.M
-    )
-    return str(rule).split()
-
-
-class GuardedRedis(RedisServer):
-    """A server whose default user has a password, with the documented user beside."""
-
-    def guard(self) -> None:
-        with self.client() as client:
-            rule = documented_rule()
-            client.execute_command("ACL", "SETUSER", "hashlens", "on", f">{PASSWORD}", *rule)
-            client.execute_command("CONFIG", "RESETSTAT")
-            client.execute_command("ACL", "SETUSER", "default", "resetpass", f">{ADMIN_PASSWORD}")
-
-    def admin(self) -> redis.Redis:
-        return redis.Redis(
-            unix_socket_path=str(self.socket),
-            password=ADMIN_PASSWORD,
-            protocol=2,
-            socket_timeout=10,
-        )
 
 
 @pytest.fixture(params=server_binaries(), ids=lambda path: path.name)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import os
 import pickle
 import struct
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +54,37 @@ def test_loading_leaves_the_random_generator_alone(checkpoint_file: Path) -> Non
     before = torch.random.get_rng_state()
     load_checkpoint(checkpoint_file)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# --- pinned by SHA-256 ---
+
+
+def test_a_pinned_checkpoint_is_taken_and_another_one_is_not(checkpoint_file: Path) -> None:
+    data = checkpoint_file.read_bytes()
+    sha256 = hashlib.sha256(data).hexdigest()
+    for written in (sha256, sha256.upper()):
+        assert load_checkpoint(checkpoint_file, sha256=written).n_bits == 20
+    # Also what its own checksum does not cover, such as the licence.
+    changed = data.replace(b"licence", b"license", 1)
+    assert changed != data
+    checkpoint_file.write_bytes(changed)
+    with pytest.raises(InvalidInputError, match="somebody has changed it") as caught:
+        load_checkpoint(checkpoint_file, sha256=sha256)
+    assert sha256 in str(caught.value)
+    assert hashlib.sha256(changed).hexdigest() in str(caught.value)
+    assert caught.value.field == "checkpoint"
+
+
+def test_what_is_hashed_is_what_is_used(checkpoint_file: Path, tmp_path: Path) -> None:
+    """A pipe can be read only once."""
+    data = checkpoint_file.read_bytes()
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(data,))
+    writer.start()
+    loaded = load_checkpoint(pipe, sha256=hashlib.sha256(data).hexdigest())
+    writer.join(10)
+    assert loaded.model_id == load_checkpoint(checkpoint_file).model_id
 
 
 # --- model_id ---
