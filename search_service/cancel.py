@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from hashlens.errors import CancelledError, DeadlineError
+
+T = TypeVar("T")
 
 
 class Cancel:
@@ -86,3 +90,12 @@ class AnyOf(Cancel):
         """Raise what the first of them raises, once all would."""
         if all(cancel.is_set or cancel.is_late for cancel in self._cancels):
             self._cancels[0].check()
+
+
+async def in_thread(work: Callable[[Cancel], T]) -> T:
+    """Run ``work(cancel)`` in one of the event loop's threads; the flag is up when nobody waits."""
+    cancel = Cancel()
+    try:
+        return await asyncio.to_thread(work, cancel)
+    finally:
+        cancel.set()

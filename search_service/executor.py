@@ -36,6 +36,9 @@ _START_S = 60.0
 _MAX_BATCH = 64
 """Most jobs that are taken together."""
 
+_WAIT_SHARE = 0.7
+"""Of its time a job may expect to wait; the rest is for the work, and for expecting too little."""
+
 _LATE = "The deadline passed before the work was done. Allow more time or ask less."
 _CLOSED = "The server is shutting down. Try another replica."
 
@@ -243,7 +246,7 @@ class Executor:
             if len(self._queue) >= self._max_queue:
                 self._drop_unwanted()
             n_waiting = len(self._queue)
-            wait_s = self._mean_s * n_waiting
+            wait_s = self._mean_s * (n_waiting + len(self._running))
             if n_waiting >= self._max_queue:
                 self.n_refused += 1
                 raise OverloadedError(
@@ -254,7 +257,7 @@ class Executor:
             if left_s <= 0:
                 self.n_dropped += 1
                 raise DeadlineError(_LATE)
-            if left_s < wait_s:
+            if n_waiting and wait_s > _WAIT_SHARE * left_s:
                 self.n_refused += 1
                 raise OverloadedError(
                     f"{n_waiting} searches are waiting, for about {wait_s:.2g} s: longer than the "

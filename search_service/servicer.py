@@ -36,6 +36,7 @@ from search_service.answers import Answerer, reply_of, together
 from search_service.audit import Auditor, check_auditable
 from search_service.ball_stream import Ball, BallStreamer
 from search_service.calls import Context
+from search_service.cancel import in_thread
 from search_service.collections_rpc import CollectionsRpc
 from search_service.config import SearchConfig
 from search_service.engine import Engine, embedding_of
@@ -303,7 +304,9 @@ class SearchServicer(CollectionsRpc, ItemsRpc, CompactRpc, VerifyRpc):
         answerer = self._answerer(collection, snapshot, options, ends_s)
         with self._metrics.query():
             result = await self._auditor.audit(answerer, query, field="search.query")
-        reply = await asyncio.to_thread(convert.audit_to_proto, result, spec.n_bits)
+        reply = await in_thread(
+            lambda cancel: convert.audit_to_proto(result, spec.n_bits, check=cancel.check)
+        )
         reply.answer.receipt.timings.wait_version_ns = wait_ns
         reply.answer.receipt.timings.total_ns = time.monotonic_ns() - started_ns
         check_size(reply.ByteSize(), self._config.max_message_bytes, _ADVICE)

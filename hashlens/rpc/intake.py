@@ -104,9 +104,9 @@ class Intake:
     def _taken(self) -> Place | None:
         if self.held_bytes + self._message_bytes > self.max_bytes:
             return None
-        free_bytes = self.max_bytes - self.held_bytes
-        place = Place(self, self._message_bytes, is_scarce=2 * free_bytes <= self.max_bytes)
         self.held_bytes += self._message_bytes
+        is_scarce = 2 * self.held_bytes > self.max_bytes
+        place = Place(self, self._message_bytes, is_scarce=is_scarce)
         self._reading.add(place)
         return place
 

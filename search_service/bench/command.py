@@ -23,6 +23,8 @@ _BENCHES = {
     "growth": "Time and memory from 10^4 to 10^8 rows, as a plot.",
     "pool": "Recall against exhaustive F7 for several pool policies, on real codes.",
     "serve": "Searching over gRPC, closed and open loop, beside an empty echo.",
+    "cancel": "How long work goes on after its caller has left.",
+    "overload": "A service at three times what it can do, and how it comes back.",
     "ingest": "Writing items through the service.",
     "restart": "From start to ready, by rows.",
     "claim": "2.5 million images, top-1000: the paper's claim, end to end.",
