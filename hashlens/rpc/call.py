@@ -48,21 +48,27 @@ class Span(Protocol):
 class Call:
     """One call that is being answered."""
 
-    __slots__ = ("began_ns", "error", "method", "request_id", "span", "trace")
+    __slots__ = ("_place", "began_ns", "error", "method", "request_id", "span")
 
     def __init__(
-        self, method: str, request_id: str, trace: TraceContext, span: Span | None = None
+        self, method: str, request_id: str, place: TraceContext | None, span: Span | None = None
     ) -> None:
         self.method = method
         """Service and method, ``SearchService/Search``; ``other`` if the server has none such."""
         self.request_id = request_id
-        self.trace = trace
-        """What is called from here names this as its parent."""
+        self._place = place
         self.span = span
         """None: no spans are exported."""
         self.began_ns = time.monotonic_ns()
         self.error = ""
         """Kind of the error that was answered, such as ``overloaded``."""
+
+    @property
+    def trace(self) -> TraceContext:
+        """What is called from here names this as its parent; a new trace if none was joined."""
+        if self._place is None:  # Not made before somebody asks: most calls log and call nothing.
+            self._place = trace.new_trace()
+        return self._place
 
     def note_stages(self, stages: Iterable[tuple[str, int]]) -> None:
         """Record stages that followed each other and end now, each with its nanoseconds."""

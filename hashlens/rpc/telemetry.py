@@ -131,38 +131,38 @@ class Telemetry(grpc.aio.ServerInterceptor):
         request_id = call.request_id_of(request_id)
         if self._spans is None:
             # Passed on as it came: a span that nobody exports must not be anybody's parent.
-            return Call(label, request_id, parent or trace.new_trace())
+            return Call(label, request_id, parent)
         span = self._spans.begin(label, parent)
         return Call(label, request_id, span.context, span)
 
     def _wrapped(self, handler: Handler, now: Call, method: _Method) -> Handler:
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(
-                self._answering(handler.unary_unary, now, method),
+                self._answering(handler.unary_unary, now, method, is_stream=False),
                 handler.request_deserializer,
                 handler.response_serializer,
             )
         if handler.unary_stream is not None:
             return grpc.unary_stream_rpc_method_handler(
-                self._answering(handler.unary_stream, now, method),
+                self._answering(handler.unary_stream, now, method, is_stream=True),
                 handler.request_deserializer,
                 handler.response_serializer,
             )
         if handler.stream_stream is not None:
             return grpc.stream_stream_rpc_method_handler(
-                self._answering(handler.stream_stream, now, method),
+                self._answering(handler.stream_stream, now, method, is_stream=True),
                 handler.request_deserializer,
                 handler.response_serializer,
             )
         assert handler.stream_unary is not None
         return grpc.stream_unary_rpc_method_handler(
-            self._answering(handler.stream_unary, now, method),
+            self._answering(handler.stream_unary, now, method, is_stream=False),
             handler.request_deserializer,
             handler.response_serializer,
         )
 
     def _answering(
-        self, behaviour: Callable[..., Any], now: Call, method: _Method
+        self, behaviour: Callable[..., Any], now: Call, method: _Method, *, is_stream: bool
     ) -> Callable[..., Any]:
         """Return a handler of the same kind, counted: one that yields, or one that is awaited."""
 
@@ -174,7 +174,7 @@ class Telemetry(grpc.aio.ServerInterceptor):
             peer = context.peer() if self._logs_calls else ""
             self._ended(now, method, _code_of(context, error), peer)
 
-        if inspect.isasyncgenfunction(behaviour):
+        if is_stream and inspect.isasyncgenfunction(behaviour):
 
             async def streaming(request: Any, context: _Context) -> AsyncIterator[Any]:
                 begin(context)
