@@ -70,8 +70,8 @@ class Swept:
 def run(config: EncodeConfig) -> Swept:
     """Measure the first model with the first kind of picture under every setting.
 
-    All services run at once and are asked in turn, so that a mood of the machine meets them all. One
-    that is not asked takes memory, and no CPU.
+    All services run at once and are asked in turn, so that a mood of the machine meets them all.
+    One that is not asked takes memory, and no CPU.
 
     Raises
     ------
