@@ -5,13 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP = $(BIN)/python -m pip install --disable-pip-version-check
-PACKAGE := -e '.[encoder,search,arrow,train,bench,dev]' -c constraints.txt
+PACKAGE := -e '.[encoder,search,arrow,otel,train,bench,dev]' -c constraints.txt
 CLAIM ?=
 FAULTS ?=
+SOAK ?=
 SOURCES := hashlens encoder_service search_service protos tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo claim test faults check format proto clean
+.PHONY: help setup demo claim test faults soak check format proto clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +44,9 @@ faults: $(STAMP) ## Crash the store at every named place, hundreds of times (FAU
 	$(BIN)/python -m tests.faults.campaign $(FAULTS)
 	$(BIN)/python -m tests.faults.chaos --minutes 3
 	STATEFUL_EXAMPLES=100 $(BIN)/python -m pytest -q --timeout 1800 tests/unit/storage/test_stateful.py
+
+soak: $(STAMP) ## Mixed traffic for 20 minutes: does anything drift? (SOAK='--minutes N')
+	$(BIN)/python -m tests.soak.run $(SOAK)
 
 check: $(STAMP) ## Format, lint, types, import contracts, protos, generated code
 	$(BIN)/ruff format --check $(SOURCES)

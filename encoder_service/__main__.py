@@ -16,15 +16,13 @@ from hashlens.rpc import logs, server
 @options(EncoderConfig, "encoder")
 def main(config: EncoderConfig) -> None:
     """Serve EncoderService: image bytes in, binary codes and features out."""
-    logs.set_up(config.log_format, config.log_level)
+    logs.set_up(config.log_format, config.log_level, config.log_burst)
     # OpenMP's threads spin while they wait, and take the CPU from whatever else runs here, such as
     # the other service. It reads this when it is loaded, so the import comes after.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from encoder_service.servicer import EncoderServicer
 
-    # What the servicer does not define, its generated base answers with UNIMPLEMENTED.
-    servicer = EncoderServicer(config)  # type: ignore[abstract]
-    sys.exit(server.run(config, servicer))
+    sys.exit(server.run(config, EncoderServicer(config)))
 
 
 if __name__ == "__main__":

@@ -32,12 +32,26 @@ class EncoderConfig(ServerConfig):
     autocast: Literal["off", "bfloat16", "float16"] = setting(
         "off", "Number format of the model on CUDA; one setting for a whole collection."
     )
+    compile: bool = setting(
+        False, "Let torch.compile make code for the model; one setting for a whole collection."
+    )
     n_threads: int = setting(0, "CPU threads of the model; 0: what is best for its size.")
-    n_decode_threads: int = setting(2, "Threads that decode images.")
+    n_decode_threads: int = setting(0, "Threads that decode images; 0: one for each CPU.")
     max_batch: int = setting(32, "Most images of one forward pass.")
     max_wait_ms: float = setting(2.0, "Longest an image waits for company, in milliseconds.")
     max_queue: int = setting(512, "Most images decoded or waiting; one more is refused.")
     max_batch_items: int = setting(256, "Most images of one EncodeBatch.")
+    max_stream_window: int = setting(
+        64, "Most images of one EncodeStream that are in the works or answered and not yet read."
+    )
+    max_stream_bytes: int = setting(
+        32 * 2**20, "Most bytes of them; one more image may go beyond it."
+    )
+    stream_idle_s: float = setting(
+        300.0,
+        "A stream ends when it has nothing to do, or its answers are not read, for this long, in "
+        "seconds.",
+    )
     max_image_bytes: int = setting(20 * 2**20, "Largest image, in bytes.")
     max_image_pixels: int = setting(50_000_000, "Largest image, width times height.")
 
@@ -47,15 +61,20 @@ class EncoderConfig(ServerConfig):
             raise InvalidInputError(
                 "checkpoint_sha256 is 64 hex digits, as sha256sum prints", field="checkpoint_sha256"
             )
-        for name in ("n_threads", "max_wait_ms"):
+        for name in ("n_threads", "n_decode_threads", "max_wait_ms"):
             if not getattr(self, name) >= 0:
                 raise InvalidInputError(f"{name} is 0 or more", field=name)
         for name in ("max_image_bytes", "max_image_pixels"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} is at least 1", field=name)
-        for name in ("n_decode_threads", "max_batch", "max_queue", "max_batch_items"):
+        for name in (
+            *("max_batch", "max_queue", "max_batch_items"),
+            *("max_stream_window", "max_stream_bytes"),
+        ):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} is at least 1", field=name)
+        if self.stream_idle_s <= 0:
+            raise InvalidInputError("stream_idle_s is above 0", field="stream_idle_s")
         if self.max_queue < self.max_batch_items:
             raise InvalidInputError(
                 f"max_queue ({self.max_queue}) must hold one EncodeBatch of max_batch_items "

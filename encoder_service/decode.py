@@ -7,15 +7,17 @@ parser ever sees the bytes.
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import logging
 import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from io import BytesIO
 from typing import IO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, _imaging
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
@@ -24,6 +26,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from encoder_service.structure import CountedFile, pixel_limit
 from hashlens.errors import InvalidInputError, LimitError
 
 
@@ -34,17 +37,14 @@ class DecodeLimits:
     max_bytes: int = 20 * 1024 * 1024
     """Length of the encoded image."""
     max_pixels: int = 50_000_000
-    """Width times height, from the header. Decoding takes about 8 bytes of memory for each."""
+    """Width times height, from the header. Decoding takes 8 bytes of memory for each, of a WebP
+    16, before anything else."""
 
 
 FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF")
 """What is accepted; of an animation or a multi-page file, the first frame."""
 
-_MAX_JPEG_SCANS = 100
-"""A progressive JPEG has about ten; each further one costs a pass over all pixels, for no bytes."""
-
-_JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
-"""A marker that begins a segment or ends the image: not a stuffed 0xff, a restart or padding."""
+_STRIP_PIXELS = 2**20
 
 _ORIENTATION_TAG = 0x0112
 
@@ -94,25 +94,29 @@ def decode(data: bytes, limits: DecodeLimits) -> Image.Image:
             "Send a smaller or more strongly compressed one."
         )
     name, opener = _sniff(data)
-    if name == "JPEG" and _jpeg_scans(data) > _MAX_JPEG_SCANS:
-        raise InvalidInputError(
-            f"the JPEG has more than {_MAX_JPEG_SCANS} scans. Save it again as a plain JPEG."
-        )
+    structure = pixel_limit(name, data)
+    _silence_parsers()
     # A filter that stays, because `warnings.catch_warnings` swaps state of the whole process and
     # is not safe in a pool of threads.
     if _PILLOW_WARNINGS not in warnings.filters:
         warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
-        image = opener(BytesIO(data))
+        image = opener(CountedFile(data))
         width, height = image.size
         if width * height > limits.max_pixels:
             raise InvalidInputError(
                 f"the image is {width} x {height} pixels, the limit is {limits.max_pixels:,} in "
                 "all. Send a smaller one."
             )
+        if width * height > structure.pixels:
+            raise InvalidInputError(
+                f"the {name} is {width} x {height} pixels, the limit is {structure.pixels:,} "
+                f"{structure.advice}"
+            )
         image.load()
         orientation = _orientation(image)
         upright = _to_rgb(image)
+        del image  # Its pixels are not needed beside those of what comes.
     except InvalidInputError:
         raise
     except MemoryError:
@@ -128,21 +132,6 @@ def decode(data: bytes, limits: DecodeLimits) -> Image.Image:
     if orientation in _TRANSPOSE:
         return upright.transpose(_TRANSPOSE[orientation])
     return upright
-
-
-def _jpeg_scans(data: bytes) -> int:
-    """Count the scans of a JPEG, up to its end: phones append a film to it."""
-    scans, position = 0, 2
-    while (found := _JPEG_MARKER.search(data, position)) is not None:
-        marker = found.group()[1]
-        if marker == 0xD9:  # the end of the image
-            break
-        scans += marker == 0xDA
-        # A segment says how long it is, and what looks like a marker in it is none. After the
-        # header of a scan comes its data, in which a marker is one.
-        length = int.from_bytes(data[found.end() : found.end() + 2], "big")
-        position = found.end() + max(length, 2)
-    return scans
 
 
 def _sniff(data: bytes) -> tuple[str, Callable[[IO[bytes]], ImageFile]]:
@@ -190,10 +179,32 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             "Save it with 8 or 16 bits per sample."
         )
     if image.has_transparency_data:
-        layer = image.convert("RGBA")
+        return _on_white(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Lay an image on white, a few rows at a time: whole layers would take thrice the memory."""
+    width, height = image.size
+    whole = Image.new("RGB", image.size)
+    n_rows = max(1, _STRIP_PIXELS // width)
+    for top in range(0, height, n_rows):
+        layer = image.crop((0, top, width, min(top + n_rows, height))).convert("RGBA")
         white = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
+        whole.paste(Image.alpha_composite(white, layer).convert("RGB"), (0, top))
+    return whole
+
+
+@functools.cache
+def _silence_parsers() -> None:
+    """Have Pillow and libtiff write no logs of their own: a stranger would fill ours with them."""
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    library = ctypes.CDLL(_imaging.__file__)
+    for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+        handler = getattr(library, name, None)  # Missing where Pillow was built to hide it.
+        if handler is not None:
+            handler.argtypes, handler.restype = (ctypes.c_void_p,), ctypes.c_void_p
+            handler(None)
 
 
 def _first_line(error: Exception) -> str:

@@ -8,26 +8,39 @@ encoded = encoder.encode(encoder.preprocessing(image)[np.newaxis])
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from encoder_service.model.checkpoint import Checkpoint
+from encoder_service.model.network import HashOutput
+from encoder_service.model.serving import served
+from encoder_service.passes import agreeing_sizes, cut
 from encoder_service.preprocess import Preprocessing
 from hashlens import codes
 from hashlens.cpus import usable_cpus
-from hashlens.errors import InvalidInputError, LimitError
+from hashlens.errors import InvalidInputError, LimitError, PreconditionError
 from hashlens.types import Classifier
 
 Autocast = Literal["off", "bfloat16", "float16"]
 """Number format of the matrix products on CUDA; ``off`` is float32."""
 
 _AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_SIZES = (1, 2, 4, 8, 16, 32)
+"""Images of a pass on the CPU; larger ones cost no less for an image."""
+
+_MAX_PIXELS = 32 * 48 * 48
+"""Of one pass's images, as far as there are more than `_LARGE_SIDE_IMAGES`."""
+
+_LARGE_SIDE_IMAGES = 4
+"""Most images of a pass where they are large: more gain little, and trying them out takes long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +60,10 @@ class Encoder:
 
     The library behind a forward pass picks its algorithm by the batch's shape, and two algorithms
     round differently: enough to move F7 in its last digits and, now and then, to flip a bit whose
-    H is near 0.5. So every pass has the same shape, `tile` images, the last one padded: an image's
-    embedding does not depend on how many others it comes with, nor on its place among them. It may
-    differ in the last digits between kinds of CPU, between CPU and CUDA, and between thread counts.
+    H is near 0.5. So one size of pass, `tile`, decides; others are used where a trial at the start
+    shows that they round alike, and the last pass is padded. An image's embedding does not depend
+    on how many others it comes with, nor on its place among them. It may differ in the last digits
+    between kinds of CPU, between CPU and CUDA, and between thread counts. See docs/adr/0010.
 
     Parameters
     ----------
@@ -63,6 +77,10 @@ class Encoder:
     autocast
         Number format on CUDA; without effect on the CPU. It moves F7 and H by about a hundredth,
         so use one setting for a whole collection.
+    compile
+        Let torch.compile make code for the network: takes a C++ compiler, and time at the start,
+        for which only one size of pass is used. It moves F7 and H in their last digits, so use one
+        setting for a whole collection.
 
     Raises
     ------
@@ -77,6 +95,7 @@ class Encoder:
         n_threads: int = 0,
         *,
         autocast: Autocast = "off",
+        compile: bool = False,  # noqa: A002 - the option's name
     ) -> None:
         if n_threads < 0:
             raise InvalidInputError(f"n_threads is 0 or more, not {n_threads}.", field="n_threads")
@@ -89,8 +108,15 @@ class Encoder:
         self._device = resolve_device(device)
         self._tile = _tile(checkpoint.preprocessing.crop, self._device)
         self._n_threads = n_threads or (1 if self._tile > 1 else usable_cpus())
-        self._network = checkpoint.network.to(self._device)
-        self._network.to(memory_format=torch.channels_last)
+        checkpoint.network.to(self._device).to(memory_format=torch.channels_last)
+        network = served(checkpoint.network, self._tile).to(memory_format=torch.channels_last)
+        self._network = network
+        self._compiles = compile
+        self._call: Callable[[Tensor], HashOutput] = network
+        if compile:
+            self._call = torch.compile(network, dynamic=False)
+        self._sizes: tuple[int, ...] | None = None
+        self._staging: dict[int, Tensor] = {}
         self._autocast = _AUTOCAST_DTYPES.get(autocast)
         self._stream: torch.cuda.Stream | None = None
         if self._device.type == "cuda":
@@ -139,7 +165,7 @@ class Encoder:
     @property
     def classifier(self) -> Classifier:
         """The last layer, which reads the class scores off H; copies."""
-        layer = self._network.classifier
+        layer = self._checkpoint.network.classifier
         return Classifier(
             layer.weight.detach().cpu().numpy().copy(), layer.bias.detach().cpu().numpy().copy()
         )
@@ -151,21 +177,27 @@ class Encoder:
 
     @property
     def tile(self) -> int:
-        """Images of one forward pass; multiples of it waste nothing."""
+        """Images of the forward pass that decides how results round."""
         return self._tile
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Images of the passes that are used, ascending; empty before the first `encode`."""
+        return self._sizes or ()
 
     @property
     def n_threads(self) -> int:
         """CPU threads within a pass."""
         return self._n_threads
 
-    def encode(self, batch: NDArray[np.float32]) -> EncodedBatch:
-        """Encode images. One thread at a time.
+    def encode(self, batch: NDArray[np.float32] | Sequence[NDArray[np.float32]]) -> EncodedBatch:
+        """Encode images. One thread at a time, and the same one: it has the OpenMP threads.
 
         Parameters
         ----------
         batch
-            float32, shape ``[n, 3, s, s]`` with the side the preprocessing gives; n may be 0.
+            float32, shape ``[n, 3, s, s]`` with the side the preprocessing gives, or n arrays of
+            shape ``[3, s, s]``; n may be 0.
 
         Returns
         -------
@@ -175,45 +207,93 @@ class Encoder:
         Raises
         ------
         InvalidInputError
-            The batch has another shape or dtype.
+            An image has another shape or dtype.
         LimitError
             The device's memory does not hold even half a pass.
         """
         side = self.preprocessing.crop
-        if batch.dtype != np.float32 or batch.ndim != 4 or batch.shape[1:] != (3, side, side):
-            raise InvalidInputError(
-                f"a batch is float32 [n, 3, {side}, {side}], not {batch.dtype} "
-                f"{list(batch.shape)}. Use the encoder's own preprocessing.",
-                field="batch",
-            )
+        for image in (batch,) if isinstance(batch, np.ndarray) else batch:
+            if image.dtype != np.float32 or image.shape[-3:] != (3, side, side):
+                raise self._wrong(image)
+            if image.ndim != (4 if image is batch else 3):
+                raise self._wrong(image)
         # OpenMP keeps the thread count per calling thread: here is where it has to be set.
         if torch.get_num_threads() != self._n_threads:
             torch.set_num_threads(self._n_threads)
+        if self._sizes is None:
+            self._sizes = self._find_sizes()
         n = len(batch)
         features = np.empty((n, self.dim), dtype=np.float32)
         activations = np.empty((n, self.n_bits), dtype=np.float32)
-        for start in range(0, n, self._tile):
-            rows = slice(start, min(start + self._tile, n))
-            features[rows], activations[rows] = self._run(batch[rows])
+        for rows, size in cut(n, self._sizes):
+            features[rows], activations[rows] = self._run(batch[rows], size)
         return EncodedBatch(codes.pack(activations > 0.5), features, activations)
 
     def warm_up(self) -> None:
-        """Run one pass on black images, so that the first request does not pay for set-up.
+        """Find the sizes of pass and run each, so that the first request does not pay for it.
 
         Call it in the thread that will call `encode`.
+
+        Raises
+        ------
+        PreconditionError
+            `compile` was asked for, and cannot be done here.
         """
         side = self.preprocessing.crop
-        self.encode(np.zeros((1, 3, side, side), dtype=np.float32))
-
-    def _run(self, images: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Run up to a tile of images; on CUDA, when memory runs out, in halves, once."""
         try:
-            return self._forward(images, self._tile)
+            self.encode(np.zeros((1, 3, side, side), dtype=np.float32))
+        except Exception as error:
+            if not self._compiles:
+                raise
+            raise PreconditionError(
+                f"torch.compile does not work here ({type(error).__name__}). Install a C++ "
+                "compiler, or leave compile off."
+            ) from error
+
+    def _wrong(self, image: NDArray[np.float32]) -> InvalidInputError:
+        side = self.preprocessing.crop
+        return InvalidInputError(
+            f"a batch is float32 [n, 3, {side}, {side}], not {image.dtype} {list(image.shape)}. "
+            "Use the encoder's own preprocessing.",
+            field="batch",
+        )
+
+    def _find_sizes(self) -> tuple[int, ...]:
+        # On CUDA, a pass that is not full costs little more than a smaller one.
+        if self._device.type == "cpu" and not self._compiles:
+            side = self.preprocessing.crop
+            fits = max(_MAX_PIXELS // (side * side), _LARGE_SIDE_IMAGES)
+            sizes = [size for size in _SIZES if size <= fits]
+            return agreeing_sizes(self._traces, self._tile, sizes, (3, side, side))
+        return (self._tile,)
+
+    def _traces(self, images: NDArray[np.float32]) -> NDArray[np.uint32]:
+        """Return checksums of what each layer makes of each image of one pass."""
+        columns: list[list[int]] = []
+
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                columns.append([zlib.crc32(part.numpy().tobytes()) for part in output])
+
+        hooks = [module.register_forward_hook(look) for module in self._network.modules()]
+        try:
+            self._forward(images, len(images))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return np.array(columns, dtype=np.uint32).T
+
+    def _run(
+        self, images: NDArray[np.float32] | Sequence[NDArray[np.float32]], size: int
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Run up to `size` images; on CUDA, when memory runs out, in halves, once."""
+        try:
+            return self._forward(images, size)
         except torch.cuda.OutOfMemoryError:
             # Handled below: in here the failed pass's tensors are still alive.
             pass
         torch.cuda.empty_cache()
-        half = max(1, self._tile // 2)
+        half = max(1, size // 2)
         try:
             # Another shape: the last digits may differ, which beats no answer.
             parts = [
@@ -229,17 +309,17 @@ class Encoder:
         return np.concatenate(features), np.concatenate(activations)
 
     @torch.inference_mode()
-    def _forward(self, images: NDArray[np.float32], size: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    def _forward(
+        self, images: NDArray[np.float32] | Sequence[NDArray[np.float32]], size: int
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
         n = len(images)
-        tile = torch.empty(
-            (size, *images.shape[1:]),
-            memory_format=torch.channels_last,
-            pin_memory=self._stream is not None,
-        )
-        np.copyto(tile[:n].numpy(), images)
-        tile[n:] = 0
+        staging = self._staged(size)
+        places = staging.numpy()
+        for place, image in zip(places, images, strict=False):
+            np.copyto(place, image)
+        places[n:] = 0
         if self._stream is None:
-            output = self._network(tile)
+            output = self._call(staging)
             return output.features[:n].numpy(), output.activations[:n].numpy()
         with (
             torch.cuda.stream(self._stream),
@@ -247,14 +327,33 @@ class Encoder:
             torch.backends.cudnn.flags(deterministic=True, allow_tf32=False),
             torch.autocast("cuda", self._autocast, enabled=self._autocast is not None),
         ):
-            output = self._network(tile.to(self._device, non_blocking=True))
+            output = self._call(staging.to(self._device, non_blocking=True))
             results = [_to_pinned(output.features[:n]), _to_pinned(output.activations[:n])]
         self._stream.synchronize()
         return results[0].numpy(), results[1].numpy()
 
+    def _staged(self, size: int) -> Tensor:
+        """Return where a pass's images are laid side by side; the same one each time.
+
+        Pinned memory is slow to come by. A pass is over before the next one begins, so nobody
+        reads what is overwritten.
+        """
+        staging = self._staging.get(size)
+        if staging is None:
+            side = self.preprocessing.crop
+            staging = self._staging[size] = torch.empty(
+                (size, 3, side, side),
+                memory_format=torch.channels_last,
+                pin_memory=self._stream is not None,
+            )
+        return staging
+
 
 def _to_pinned(values: Tensor) -> Tensor:
-    """Begin to copy a result to the host; complete after the stream is synchronised."""
+    """Begin to copy a result to the host; complete after the stream is synchronised.
+
+    torch keeps pinned memory that was let go of, so this asks the driver for it but once.
+    """
     host = torch.empty(values.shape, dtype=torch.float32, pin_memory=True)
     return host.copy_(values.float(), non_blocking=True)
 
@@ -295,7 +394,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def _tile(side: int, device: torch.device) -> int:
-    """Choose how many images share a pass, from what decides the work in it.
+    """Choose the size of pass that decides how results round: one that costs little when not full.
 
     At 48 px, 8 images take little longer than one, see docs/adr/0002. At 224 px one image keeps the
     CPU busy by itself, and padding would be pure waste.

@@ -14,7 +14,8 @@ from encoder_service.batcher import Batcher
 from encoder_service.config import EncoderConfig
 from encoder_service.decode import DecodeLimits, decode
 from encoder_service.encoder import Encoder
-from hashlens.errors import InvalidInputError, OverloadedError
+from hashlens.cpus import usable_cpus
+from hashlens.errors import DeadlineError, InvalidInputError, OverloadedError
 from hashlens.types import Embedding, Encoded, EncodeTimings, FeatureDtype
 
 _Outputs = tuple[bytes, NDArray[np.float32], NDArray[np.float32]]
@@ -38,7 +39,9 @@ class EncodePipeline:
         self._limits = DecodeLimits(
             max_bytes=config.max_image_bytes, max_pixels=config.max_image_pixels
         )
-        self._decoders = ThreadPoolExecutor(config.n_decode_threads, thread_name_prefix="decode")
+        self._decoders = ThreadPoolExecutor(
+            config.n_decode_threads or usable_cpus(), thread_name_prefix="decode"
+        )
         self._batcher: Batcher[_Outputs] = Batcher(
             self._run_model,
             max_batch=config.max_batch,
@@ -46,6 +49,16 @@ class EncodePipeline:
             max_queue=config.max_queue,
         )
         self._n_admitted = 0
+
+    @property
+    def n_admitted(self) -> int:
+        """Images in the works: decoded, waiting or in the model."""
+        return self._n_admitted
+
+    @property
+    def batcher(self) -> Batcher[_Outputs]:
+        """Where decoded images wait for the model."""
+        return self._batcher
 
     async def __aenter__(self) -> Self:
         await self._batcher.__aenter__()
@@ -55,6 +68,11 @@ class EncodePipeline:
     async def __aexit__(self, *error: object) -> None:
         await self._batcher.__aexit__(*error)
         await asyncio.to_thread(self._decoders.shutdown, wait=True, cancel_futures=True)
+
+    @property
+    def n_waiting(self) -> int:
+        """Images that wait for the model."""
+        return self._batcher.n_waiting
 
     async def encode(
         self,
@@ -85,7 +103,7 @@ class EncodePipeline:
         OverloadedError
             Too many images are in the works.
         DeadlineError
-            The deadline passed before the model saw the image.
+            The deadline passed before the image was decoded, or before the model saw it.
         """
         if self._n_admitted >= self._config.max_queue:
             raise OverloadedError(
@@ -95,11 +113,14 @@ class EncodePipeline:
         self._n_admitted += 1
         try:
             started_ns = time.monotonic_ns()
-            tensor, decode_ns = await asyncio.get_running_loop().run_in_executor(
-                self._decoders, self._decode, image
-            )
-            spent_s = (time.monotonic_ns() - started_ns) / 1e9
-            batched = await self._batcher.submit(tensor, deadline_s - spent_s)
+            deadline_ns = started_ns + int(deadline_s * 1e9)
+            with self._batcher.coming():
+                # Cancelled with this task: a caller who leaves while this waits for a thread costs
+                # no decoding.
+                tensor, decode_ns = await asyncio.get_running_loop().run_in_executor(
+                    self._decoders, self._decode, image, deadline_ns
+                )
+            batched = await self._batcher.submit(tensor, deadline_ns)
         finally:
             self._n_admitted -= 1
         code, feature, activations = batched.value
@@ -123,12 +144,14 @@ class EncodePipeline:
             ),
         )
 
-    def _decode(self, image: bytes) -> tuple[NDArray[np.float32], int]:
+    def _decode(self, image: bytes, deadline_ns: int) -> tuple[NDArray[np.float32], int]:
         started_ns = time.monotonic_ns()
+        if deadline_ns <= started_ns:
+            raise DeadlineError("the deadline passed while the image waited to be decoded")
         tensor = self._encoder.preprocessing(decode(image, self._limits))
         return tensor, time.monotonic_ns() - started_ns
 
-    def _run_model(self, batch: NDArray[np.float32]) -> list[_Outputs]:
+    def _run_model(self, batch: list[NDArray[np.float32]]) -> list[_Outputs]:
         encoded = self._encoder.encode(batch)
         return [
             (code.tobytes(), feature, activations)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
 import grpc
 
 from encoder_service.config import EncoderConfig
+from encoder_service.encode_stream import EncodeStream
 from encoder_service.encoder import Encoder
+from encoder_service.method_limits import METHOD_LIMITS
+from encoder_service.metrics import EncoderMetrics
 from encoder_service.model.checkpoint import default_checkpoint_path, load_checkpoint
 from encoder_service.pipeline import EncodePipeline
 from hashlens import convert
 from hashlens.errors import HashlensError, InvalidInputError
 from hashlens.rpc.deadline import deadline_s
+from hashlens.rpc.health import ServiceState
 from hashlens.rpc.limits import check_size
 from hashlens.rpc.metrics import Metric
 from hashlens.rpc.status import status_of
@@ -43,9 +47,14 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
 
     names: Sequence[str] = ("hashlens.v1.EncoderService",)
 
+    method_limits: Mapping[str, int] = METHOD_LIMITS
+
     def __init__(self, config: EncoderConfig) -> None:
         self._config = config
+        self._state = ServiceState(is_ready=False, reasons=("loading the checkpoint",))
+        self.stopping = asyncio.Event()
         self._stack = AsyncExitStack()
+        self._metrics = EncoderMetrics()
         self._pipeline: EncodePipeline
         self._model: ModelInfo
 
@@ -66,8 +75,10 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
                 device=config.device,
                 n_threads=config.n_threads,
                 autocast=config.autocast,
+                compile=config.compile,
             )
         )
+        self._state = ServiceState(is_ready=False, reasons=("warming up the model",))
         self._pipeline = await self._stack.enter_async_context(EncodePipeline(encoder, config))
         self._model = ModelInfo(
             model_id=encoder.model_id,
@@ -86,6 +97,7 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
             device=str(encoder.device),
             classifier=if_small(encoder.classifier),
         )
+        self._state = ServiceState()
         logger.info(
             "model %s: %s, %d bits, F7 %d wide, on %s",
             encoder.model_id,
@@ -95,9 +107,17 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
             encoder.device,
         )
 
+    def state(self) -> ServiceState:
+        """Return how the service is."""
+        return self._state
+
+    def drain(self) -> None:
+        """Have streams that would go on for ever end: they look at `stopping`."""
+        self.stopping.set()
+
     def metrics(self) -> Iterable[Metric]:
-        """Return what Prometheus is told: nothing yet."""
-        return ()
+        """Return what Prometheus is told."""
+        return self._metrics.collect(self._pipeline, self._model, self._config)
 
     async def close(self) -> None:
         """Stop the threads."""
@@ -140,6 +160,14 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
         )
         return reply
 
+    async def EncodeStream(  # noqa: N802 - the contract's name
+        self, requests: AsyncIterator[enc.EncodeStreamRequest], context: _Context
+    ) -> AsyncIterator[enc.EncodeStreamResponse]:
+        """Encode images as they come, each by itself, and answer in their order."""
+        stream = EncodeStream(self._pipeline, self._config, self.stopping)
+        async for reply in stream.answers(requests, context):
+            yield reply
+
     async def GetModel(  # noqa: N802 - the contract's name
         self, request: enc.GetModelRequest, context: _Context
     ) -> enc.GetModelResponse:
@@ -163,13 +191,16 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
     ) -> Encoded:
         dtype = convert.dtype_from_proto(options.feature_dtype, field="options.feature_dtype")
         try:
-            return await self._pipeline.encode(
-                image,
-                deadline_s=left_s,
-                feature_dtype=dtype,
-                omit_feature=options.omit_feature,
-                with_activations=options.with_activations,
-            )
+            with self._metrics.image():
+                encoded = await self._pipeline.encode(
+                    image,
+                    deadline_s=left_s,
+                    feature_dtype=dtype,
+                    omit_feature=options.omit_feature,
+                    with_activations=options.with_activations,
+                )
+            self._metrics.observe(encoded.timings, is_alone=field == "image")
+            return encoded
         except InvalidInputError as error:
             raise (error if error.field else error.within(field)) from None
 

@@ -136,9 +136,21 @@ class LimitError(HashlensError):
 
 
 class UnavailableError(HashlensError):
-    """A part that is needed is away for now."""
+    """A part that is needed is away for now.
+
+    Parameters
+    ----------
+    message
+        Which part.
+    elsewhere
+        Whether nothing was tried, and another server may answer at once: this one starts or stops.
+    """
 
     retriable = True
+
+    def __init__(self, message: str, *, elsewhere: bool = False) -> None:
+        super().__init__(message)
+        self.elsewhere = elsewhere
 
 
 class DeadlineError(HashlensError):

@@ -16,15 +16,13 @@ from search_service.config import SearchConfig
 @options(SearchConfig, "search")
 def main(config: SearchConfig) -> None:
     """Serve SearchService: codes and features in, nearest items out."""
-    logs.set_up(config.log_format, config.log_level)
+    logs.set_up(config.log_format, config.log_level, config.log_burst)
     # OpenMP's threads spin while they wait, and take the CPU from whatever else runs here, such as
     # the other service. It reads this when it is loaded, so the import comes after.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from search_service.servicer import SearchServicer
 
-    # What the servicer does not define, its generated base answers with UNIMPLEMENTED.
-    servicer = SearchServicer(config)  # type: ignore[abstract]
-    sys.exit(server.run(config, servicer))
+    sys.exit(server.run(config, SearchServicer(config)))
 
 
 if __name__ == "__main__":

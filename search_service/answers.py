@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from hashlens import convert
 from hashlens.types import Embedding, EncodeTimings, Query, SearchOptions, SearchResult
 from hashlens.v1 import search_service_pb2 as spb
 from search_service import margins
+from search_service.cancel import in_thread
 from search_service.engine import Ask, Engine, is_tiny
 from search_service.executor import Executor
 from search_service.explain import Meanings
@@ -129,4 +129,6 @@ async def reply_of(result: SearchResult, n_bits: int, *, packed: bool) -> spb.Se
     """Return the wire form of an answer."""
     if packed or len(result.hits) <= _HITS_AT_ONCE:
         return convert.result_to_proto(result, n_bits, packed=packed)
-    return await asyncio.to_thread(convert.result_to_proto, result, n_bits)
+    return await in_thread(
+        lambda cancel: convert.result_to_proto(result, n_bits, check=cancel.check)
+    )

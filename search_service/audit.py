@@ -20,10 +20,13 @@ from hashlens.types import (
     SearchResult,
 )
 from search_service.answers import Answerer
-from search_service.cancel import Cancel
+from search_service.cancel import Cancel, in_thread
 from search_service.engine import embedding_of
 from search_service.exhaustive import ExhaustiveScan
 from search_service.snapshot import Snapshot
+
+_HITS_AT_ONCE = 1000
+"""Hits that are read between two looks at whether anybody waits."""
 
 
 class Auditor:
@@ -148,20 +151,28 @@ async def _exhaustive(answerer: Answerer, embedding: Embedding) -> tuple[Hit, ..
 
         await answerer.executor.run(work, deadline_s=answerer.ends_s - time.monotonic())
     # Reading ids and payloads may have to wait for a disk, too.
-    return await asyncio.to_thread(_hits, scan, answerer.snapshot, answerer.options)
+    return await in_thread(lambda cancel: _hits(scan, answerer.snapshot, answerer.options, cancel))
 
 
-def _hits(scan: ExhaustiveScan, snapshot: Snapshot, options: SearchOptions) -> tuple[Hit, ...]:
+def _hits(
+    scan: ExhaustiveScan, snapshot: Snapshot, options: SearchOptions, cancel: Cancel
+) -> tuple[Hit, ...]:
     nearest = scan.nearest()
     n = len(nearest.ids)
-    payloads = snapshot.payloads_of(nearest.rows) if options.with_payload else [b""] * n
-    return tuple(
-        Hit(id=item_id, hamming_bits=bits, distance=distance, payload=payload)
-        for item_id, bits, distance, payload in zip(
-            nearest.ids,
-            nearest.hamming_bits.tolist(),
-            nearest.distances.tolist(),
-            payloads,
-            strict=True,
-        )
-    )
+    hits: list[Hit] = []
+    for lo in range(0, n, _HITS_AT_ONCE):
+        cancel.check()
+        place = slice(lo, min(lo + _HITS_AT_ONCE, n))
+        rows = nearest.rows[place]
+        payloads = snapshot.payloads_of(rows) if options.with_payload else [b""] * len(rows)
+        hits += [
+            Hit(id=item_id, hamming_bits=bits, distance=distance, payload=payload)
+            for item_id, bits, distance, payload in zip(
+                nearest.ids[place],
+                nearest.hamming_bits[place].tolist(),
+                nearest.distances[place].tolist(),
+                payloads,
+                strict=True,
+            )
+        ]
+    return tuple(hits)

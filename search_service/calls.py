@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +44,10 @@ class Calls(spb_grpc.SearchServiceServicer):
         try:
             async with asyncio.timeout(ends_s - time.monotonic()):
                 return await loop.run_in_executor(
-                    self._threads, lambda: call(ends_s - time.monotonic())
+                    # With the context, so that what is logged there names the call.
+                    self._threads,
+                    contextvars.copy_context().run,
+                    lambda: call(ends_s - time.monotonic()),
                 )
         except TimeoutError:
             raise UnavailableError(

@@ -25,7 +25,7 @@ _SERIAL_ROOM = 1 << 14
 _MAX_LISTED = 1 << 23
 """Most rows that a thread has room for at a time; a batch that takes more is cut."""
 
-_INDEX_SHARE = 0.5
+INDEX_SHARE = 0.5
 """An index is asked if that takes at most this share of what a scan would: both are estimates."""
 
 _TRIAL_SHARE = 0.05
@@ -171,6 +171,7 @@ def find_pools(
             cancel=cancel,
         )
         for place, i in enumerate(part):
+            cancel.check()
             ball = scan.ball(place)
             if ball[-1] < n_rows[i]:  # Guessed too low.
                 ceilings[i] = guesses.higher(i, ceilings[i])
@@ -254,7 +255,7 @@ def _from_index(
     allowed_ns = scan_cost_ns(index.rows, wanted.query.shape[0])
     if wanted.radius_bits is not None:
         radius_bits = wanted.radius_bits
-        if index.cost_ns(wanted.query, radius_bits) > _INDEX_SHARE * allowed_ns:
+        if index.cost_ns(wanted.query, radius_bits) > INDEX_SHARE * allowed_ns:
             return None
         near = index.find(snapshot, wanted.query, radius_bits)
     else:
@@ -328,12 +329,14 @@ def _cut(
         edge_bits = int(np.searchsorted(ball, max_rows))
     rows, hamming_bits = found.rows(edge_bits, int(ball[edge_bits]))
     if max_rows is not None and rows.shape[0] > max_rows:
+        cancel.check()
         at_edge = np.flatnonzero(hamming_bits == edge_bits)
         if wanted.weights is not None:
             asymmetric = margins.distances_to(
                 snapshot, rows[at_edge], wanted.query, wanted.weights, cancel
             )
             at_edge = at_edge[_farthest(asymmetric, rows.shape[0] - max_rows)]
+        cancel.check()
         surplus = at_edge[max_rows - rows.shape[0] :]
         rows, hamming_bits = np.delete(rows, surplus), np.delete(hamming_bits, surplus)
     histogram = ball.copy()

@@ -38,6 +38,17 @@ class SearchConfig(RedisConfig, ServerConfig):
     n_threads: int = setting(0, "Threads of the kernels; 0: as many as the process may use.")
     max_queue: int = setting(1024, "Most searches waiting for the kernels; one more is refused.")
     max_batch_queries: int = setting(256, "Most queries of one SearchBatch.")
+    max_stream_window: int = setting(
+        1024, "Most items of one UpsertStream that are in the works or answered and not yet read."
+    )
+    max_stream_bytes: int = setting(
+        32 * 2**20, "Most bytes of them; one more item may go beyond it."
+    )
+    stream_idle_s: float = setting(
+        300.0,
+        "A stream of items ends when it has nothing to do, or its answers are not read, for this "
+        "long, in seconds.",
+    )
     max_audits: int = setting(
         1, "Most audits at a time; one more is refused. Each reads every feature."
     )
@@ -104,7 +115,7 @@ class SearchConfig(RedisConfig, ServerConfig):
             raise InvalidInputError("n_threads is 0 or more", field="n_threads")
         for name in (
             *("max_queue", "max_batch_queries", "max_audits", "n_store_threads"),
-            *("max_copies", "log_budget_mb"),
+            *("max_copies", "log_budget_mb", "max_stream_window", "max_stream_bytes"),
         ):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} is at least 1", field=name)
@@ -116,7 +127,7 @@ class SearchConfig(RedisConfig, ServerConfig):
         for name in ("compaction_min_rows", "compaction_mb_per_s"):
             if getattr(self, name) < 0:
                 raise InvalidInputError(f"{name} is 0 or more", field=name)
-        for name in ("checkpoint_interval_s", "replica_silence_s"):
+        for name in ("checkpoint_interval_s", "replica_silence_s", "stream_idle_s"):
             if getattr(self, name) <= 0:
                 raise InvalidInputError(f"{name} is above 0", field=name)
         if self.copy_mb_per_s < 0:

@@ -28,7 +28,7 @@ from hashlens.types import (
     SearchResult,
     StageTimings,
 )
-from search_service import coarse, explain, fine, margins, multi_index, sketch
+from search_service import coarse, explain, fine, margins, multi_index, narrow, sketch
 from search_service.cancel import AnyOf, Cancel
 from search_service.columns import packed_hits
 from search_service.features import with_feature
@@ -207,10 +207,10 @@ class Engine:
                     searches.append(_Search(snapshot, ask, number))
                 except Exception as error:
                     deliver(number, error)
-            pools: Sequence[coarse.Pool | Exception]
+            pools: list[coarse.Pool | Exception]
             index = None if self._indexes is None else self._indexes.index_for(snapshot)
             try:
-                pools = _find_pools(snapshot, searches, self._scratch, index)
+                pools = [*_find_pools(snapshot, searches, self._scratch, index)]
             except Exception as error:
                 if len(searches) == 1:
                     deliver(searches[0].number, error)
@@ -221,12 +221,11 @@ class Engine:
                 ]
             coarse_ns = time.perf_counter_ns() - began_ns
             known = None if self._sketches is None else self._sketches.of(snapshot)
-            for search, pool in zip(searches, pools, strict=True):
+            pools.reverse()
+            for search in searches:
                 try:
-                    if isinstance(pool, Exception):
-                        raise pool
                     answer = search.answer(
-                        pool,
+                        _pool_of(pools.pop()),  # Each may be large, and goes when it is done.
                         known,
                         coarse_ns=coarse_ns,
                         n_queries=len(searches),
@@ -309,15 +308,16 @@ class _Search:
                 )
             keys = select.euclidean_keys(distances, hamming_bits)
         elif self.weights is not None:
-            near = pool.hamming_bits <= pool.radius_of(options.k)
+            near = narrow.within(hamming_bits, pool.radius_of(options.k), cancel)
             rows, hamming_bits = rows[near], hamming_bits[near]
             asymmetric = margins.distances_to(snapshot, rows, self.words, self.weights, cancel)
             keys = select.hamming_keys(hamming_bits, asymmetric)
         else:
+            if rows.shape[0] > narrow.BLOCK_ROWS:
+                near = narrow.within(hamming_bits, pool.radius_of(options.k), cancel)
+                rows, hamming_bits = rows[near], hamming_bits[near]
             keys = hamming_bits.astype(np.uint64)
-        ids = snapshot.ids.id_texts()
-        chosen = np.empty(min(options.k, rows.shape[0]), dtype=np.int64)
-        select.nearest(keys, rows, ids.data, ids.ends, chosen)
+        chosen = narrow.nearest(keys, rows, snapshot.ids.id_texts(), options.k, cancel)
         cancel.check()
         ranked_ns = time.perf_counter_ns()
 
@@ -407,6 +407,12 @@ def _find_pools(
     n_compared = snapshot.rows if snapshot.few is None else snapshot.n_alive
     with threads_for(8 * n_compared * len(snapshot.words) * len(searches)):
         return coarse.find_pools(snapshot, wanted, scratch=scratch, cancel=cancel, index=index)
+
+
+def _pool_of(found: coarse.Pool | Exception) -> coarse.Pool:
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def _pool_or_error(

@@ -36,6 +36,9 @@ _START_S = 60.0
 _MAX_BATCH = 64
 """Most jobs that are taken together."""
 
+_WAIT_SHARE = 0.7
+"""Of its time a job may expect to wait; the rest is for the work, and for expecting too little."""
+
 _LATE = "The deadline passed before the work was done. Allow more time or ask less."
 _CLOSED = "The server is shutting down. Try another replica."
 
@@ -70,7 +73,12 @@ class Executor:
         self._running: Sequence[Job] = ()
         self._settlements = Settlements()
         self._is_closed = False
-        self._mean_s = 0.01  # of a job, a moving average; only advises when to come back
+        self.n_refused = 0
+        """Jobs that were not taken, because of those before them."""
+        self.n_dropped = 0
+        """Jobs that were taken and not begun: their callers left, or their time was over."""
+        self._mean_s = 0.0
+        """How long a job takes, a moving average: 0 until one has been done."""
         started: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._serve,
@@ -80,6 +88,11 @@ class Executor:
         )
         self._thread.start()
         started.result(_START_S)
+
+    @property
+    def n_waiting(self) -> int:
+        """Jobs that wait for the thread."""
+        return len(self._queue)
 
     def __enter__(self) -> Executor:
         return self
@@ -220,16 +233,36 @@ class Executor:
         if self._thread.is_alive():
             logger.warning("kernels: work still running after %.1f s", timeout_s)
 
+    @property
+    def overtime_s(self) -> float:
+        """For how long work has gone on that nobody wants any more, in seconds; 0 if none does."""
+        running = self._running
+        return min((job.cancel.unwanted_s for job in running), default=0.0)
+
     def _submit(self, job: Job) -> None:
         with self._changed:
             if self._is_closed:
                 raise UnavailableError(_CLOSED)
             if len(self._queue) >= self._max_queue:
                 self._drop_unwanted()
-            if len(self._queue) >= self._max_queue:
+            n_waiting = len(self._queue)
+            wait_s = self._mean_s * (n_waiting + len(self._running))
+            if n_waiting >= self._max_queue:
+                self.n_refused += 1
                 raise OverloadedError(
                     f"{self._max_queue} searches are waiting, the most allowed. Come back later.",
-                    retry_after_s=round(max(0.05, self._mean_s * len(self._queue)), 3),
+                    retry_after_s=round(max(0.05, wait_s), 3),
+                )
+            left_s = job.cancel.left_s
+            if left_s <= 0:
+                self.n_dropped += 1
+                raise DeadlineError(_LATE)
+            if n_waiting and wait_s > _WAIT_SHARE * left_s:
+                self.n_refused += 1
+                raise OverloadedError(
+                    f"{n_waiting} searches are waiting, for about {wait_s:.2g} s: longer than the "
+                    "deadline allows. Come back later, or allow more time.",
+                    retry_after_s=round(max(0.05, wait_s), 3),
                 )
             self._queue.append(job)
             if len(self._queue) == 1:
@@ -240,6 +273,7 @@ class Executor:
         for job in list(self._queue):
             if not job.is_wanted:
                 self._queue.remove(job)
+                self.n_dropped += 1
                 refused.add(job, self._why_unwanted(job))
         refused.send()
 
@@ -260,11 +294,13 @@ class Executor:
                 if job.is_wanted:
                     wanted.append(job)
                 else:
+                    self.n_dropped += 1
                     self._settlements.add(job, self._why_unwanted(job))
             if wanted:
                 with self._inside:
                     self._perform(wanted)
             self._settlements.send()
+            self._running = ()
 
     def _next(self) -> Sequence[Job]:
         """Return the first job and those that go with it; none when closed."""

@@ -16,8 +16,8 @@ from search_service.readahead import Place
 from search_service.sketch import Sketch
 from search_service.snapshot import Snapshot
 
-_BLOCK_ROWS = 4096
-"""Rows between two looks at the cancel flag: milliseconds in memory; fewer from disk."""
+_BLOCK_BYTES = 1 << 24
+"""Read between two looks at the cancel flag: milliseconds in memory; less from disk."""
 
 
 def rank(
@@ -130,7 +130,8 @@ def _distances(
 ) -> NDArray[np.float32]:
     is_half = snapshot.feature_dtype is FeatureDtype.F16
     distances = np.empty(rows.shape[0], dtype=np.float32)
-    with closing(readahead.blocks(place, rows, _BLOCK_ROWS, cancel)) as parts:
+    block_rows = max(1, _BLOCK_BYTES // place.row_bytes)
+    with closing(readahead.blocks(place, rows, block_rows, cancel)) as parts:
         for part in parts:
             euclidean.distances(
                 place.addresses, place.segment_bits, is_half, rows[part], query, distances[part]

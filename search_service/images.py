@@ -16,6 +16,7 @@ from hashlens.errors import (
     PreconditionError,
     UnavailableError,
 )
+from hashlens.rpc import call
 from hashlens.rpc.channel import ChannelSecurity
 from hashlens.types import CollectionSpec, Encoded
 from search_service import checks
@@ -90,12 +91,13 @@ class ImageEncoder:
         """
         client = self._connected(field)
         try:
-            encoded = await client.encode(
-                image,
-                feature_dtype=spec.feature_dtype,
-                with_activations=with_activations,
-                deadline_s=deadline_s,
-            )
+            with call.calling("encode_call"):
+                encoded = await client.encode(
+                    image,
+                    feature_dtype=spec.feature_dtype,
+                    with_activations=with_activations,
+                    deadline_s=deadline_s,
+                )
         except HashlensError as error:
             raise self._explained(error, field) from None
         return _fitted(encoded, spec, field)
@@ -112,9 +114,10 @@ class ImageEncoder:
         client = self._connected(fields[0])
         try:
             async with asyncio.timeout(deadline_s):
-                results = await client.encode_batch(
-                    images, feature_dtype=spec.feature_dtype, deadline_s=deadline_s
-                )
+                with call.calling("encode_call"):
+                    results = await client.encode_batch(
+                        images, feature_dtype=spec.feature_dtype, deadline_s=deadline_s
+                    )
         except TimeoutError:
             raise DeadlineError("encoding the images has not ended in time") from None
         except HashlensError as error:

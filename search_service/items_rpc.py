@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Sequence
 
 from hashlens import convert
 from hashlens.rpc.limits import check_size
 from hashlens.v1 import search_service_pb2 as spb
 from search_service import checks, writes
 from search_service.calls import Calls, Context
+from search_service.cancel import Cancel, in_thread
 from search_service.images import ImageEncoder
 from search_service.items import items_of
+from search_service.snapshot import Snapshot
+from search_service.storage.collection import Collection
+from search_service.upsert_stream import UpsertStream
+
+_ITEMS_AT_ONCE = 256
+"""Items that are read between two looks at whether anybody waits: a few milliseconds."""
 
 
 class ItemsRpc(Calls):
     """Answers what is asked about single items."""
 
     _images: ImageEncoder
+    stopping: asyncio.Event
+    """Set when the server stops."""
 
     async def Upsert(  # noqa: N802 - the contract's name
         self, request: spb.UpsertRequest, context: Context
@@ -38,6 +48,18 @@ class ItemsRpc(Calls):
         return spb.UpsertResponse(
             version=version, n_written=len(write.records), failures=write.failures
         )
+
+    async def UpsertStream(  # noqa: N802 - the contract's name
+        self, requests: AsyncIterator[spb.UpsertStreamRequest], context: Context
+    ) -> AsyncIterator[spb.UpsertStreamResponse]:
+        """Write items as they come, each by itself, and answer in their order."""
+
+        async def find(name: str) -> Collection:
+            return await self._collection(name, context)
+
+        stream = UpsertStream(find, self._images, self._threads, self._config)
+        async for reply in stream.answers(requests, context, self.stopping):
+            yield reply
 
     async def Delete(  # noqa: N802 - the contract's name
         self, request: spb.DeleteRequest, context: Context
@@ -71,19 +93,44 @@ class ItemsRpc(Calls):
             max_message_bytes=self._config.max_message_bytes,
         )
 
-        def read() -> spb.GetItemsResponse:
-            items = items_of(
+        reply = await in_thread(
+            lambda cancel: items_to_proto(
                 snapshot,
                 ids,
                 with_feature=request.with_feature,
                 with_payload=request.with_payload,
+                cancel=cancel,
             )
-            return spb.GetItemsResponse(
-                items=map(convert.item_to_proto, items), version=snapshot.version
-            )
-
-        reply = await asyncio.to_thread(read)
+        )
         check_size(
             reply.ByteSize(), self._config.max_message_bytes, "ask for fewer, or without features"
         )
         return reply
+
+
+def items_to_proto(
+    snapshot: Snapshot,
+    ids: Sequence[str],
+    *,
+    with_feature: bool,
+    with_payload: bool,
+    cancel: Cancel,
+) -> spb.GetItemsResponse:
+    """Return the items that are there, in the order of `ids`; see `items_of`.
+
+    Raises
+    ------
+    CancelledError, DeadlineError
+        As `cancel` says; polled every few hundred items.
+    """
+    reply = spb.GetItemsResponse(version=snapshot.version)
+    for lo in range(0, len(ids), _ITEMS_AT_ONCE):
+        cancel.check()
+        items = items_of(
+            snapshot,
+            ids[lo : lo + _ITEMS_AT_ONCE],
+            with_feature=with_feature,
+            with_payload=with_payload,
+        )
+        reply.items.extend(map(convert.item_to_proto, items))
+    return reply

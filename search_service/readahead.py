@@ -34,6 +34,8 @@ _N_SAMPLES = 8
 _WAIT_S = 0.05
 """Between two looks at the cancel flag while the disk is slow."""
 
+_JOIN_S = 0.002
+
 _MADV_WILLNEED = 3
 
 
@@ -120,7 +122,9 @@ def blocks(
     finally:
         stop.set()
         room.release()
-        reader.join()
+        # It may be inside the system, where a busy disk holds it up. What it asks for is advice,
+        # which does no harm to whom the memory belongs to by then.
+        reader.join(_JOIN_S)
 
 
 def is_cold(place: Place, rows: NDArray[np.int64]) -> bool:

@@ -27,6 +27,12 @@ guess would be better, but take longer than it saves."""
 _SAMPLE_ROWS = (1024, 1 << 14)
 """Fewest and most rows that are looked at for a guess."""
 
+_LISTED_ROWS = 1 << 18
+"""Rows that each thread is expected to list between two looks at the cancel flag."""
+
+_GATHERED_ROWS = 1 << 18
+"""Rows that are put together between two looks at the cancel flag."""
+
 SPARE_ROWS = 1024
 """Room for so many rows more than a thread is expected to list."""
 
@@ -120,6 +126,7 @@ class Scan:
         first_row: int = 0,
     ) -> None:
         self._first_row = first_row
+        self._cancel = cancel
         n_queries, n_parts = queries.shape[0], numba.get_num_threads()
         self._states = np.zeros((n_parts, n_queries, hamming.N_STATE), dtype=np.int64)
         self._states[:, :, hamming.CEILING] = ceilings
@@ -146,13 +153,43 @@ class Scan:
     def rows(
         self, query: int, radius_bits: int, n: int
     ) -> tuple[NDArray[np.int64], NDArray[np.uint16]]:
-        """Return the `n` rows within a radius, and their distances."""
+        """Return the `n` rows within a radius, and their distances.
+
+        Raises
+        ------
+        CancelledError, DeadlineError
+            As the scan's `cancel` says.
+        """
+        self._cancel.check()
+        if n > _GATHERED_ROWS:
+            return self._many_rows(query, radius_bits, n)
         rows = np.empty(n, dtype=np.int64)
         row_bits = np.empty(n, dtype=np.uint16)
         found = lists.gather(
             self._states, self._rows, self._row_bits, query, radius_bits, rows, row_bits
         )
         assert found == n, "scan counts and lists differently"
+        return rows, row_bits
+
+    def _many_rows(
+        self, query: int, radius_bits: int, n: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.uint16]]:
+        """Do as `rows`, with looks at the cancel flag."""
+        rows = np.empty(n, dtype=np.int64)
+        row_bits = np.empty(n, dtype=np.uint16)
+        done = 0
+        for part in range(self._states.shape[0]):
+            n_stored = int(self._states[part, query, hamming.N_STORED])
+            for lo in range(0, n_stored, _GATHERED_ROWS):
+                self._cancel.check()
+                place = slice(lo, min(lo + _GATHERED_ROWS, n_stored))
+                bits = self._row_bits[part, query, place]
+                near = np.flatnonzero(bits <= radius_bits)
+                to = slice(done, done + near.shape[0])
+                rows[to] = self._rows[part, query, place][near]
+                row_bits[to] = bits[near]
+                done += near.shape[0]
+        assert done == n, "scan counts and lists differently"
         return rows, row_bits
 
     def _run(
@@ -170,7 +207,11 @@ class Scan:
         groups = np.empty((n_parts, hamming.BLOCK_GROUPS + 1), dtype=np.int64)
         members = np.empty((n_parts, hamming.BLOCK_GROUPS + 1), dtype=np.uint64)
         dead = _NO_FLAGS if snapshot.dead is None else snapshot.dead
-        step = max(_SCAN_ROWS // queries.shape[0] // GROUP_ROWS, 1) * GROUP_ROWS
+        # Listing a row takes longer than passing it by. How many there will be is what room is for.
+        part_rows = max(edges[-1] - edges[-2], 1)
+        listed_share = min(max(self._rows.shape[2], 1) / part_rows, 1.0)
+        rows = min(_SCAN_ROWS, int(_LISTED_ROWS / listed_share)) // queries.shape[0]
+        step = max(rows // GROUP_ROWS, 1) * GROUP_ROWS
         for done in range(0, edges[-1] - edges[-2], step):  # The last part is the longest.
             cancel.check()
             starts = [min(edge + done, end) for edge, end in pairwise(edges)]

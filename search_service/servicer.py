@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -18,6 +18,7 @@ from hashlens.errors import (
     HashlensError,
     InvalidInputError,
 )
+from hashlens.rpc.health import ServiceState
 from hashlens.rpc.limits import check_size
 from hashlens.rpc.metrics import Metric
 from hashlens.rpc.status import status_of
@@ -25,6 +26,7 @@ from hashlens.types import (
     Query,
     Rank,
     SearchOptions,
+    SearchResult,
 )
 from hashlens.v1 import replica_service_pb2_grpc as rpb_grpc
 from hashlens.v1 import search_service_pb2 as spb
@@ -34,6 +36,7 @@ from search_service.answers import Answerer, reply_of, together
 from search_service.audit import Auditor, check_auditable
 from search_service.ball_stream import Ball, BallStreamer
 from search_service.calls import Context
+from search_service.cancel import in_thread
 from search_service.collections_rpc import CollectionsRpc
 from search_service.config import SearchConfig
 from search_service.engine import Engine, embedding_of
@@ -42,6 +45,9 @@ from search_service.images import ImageEncoder
 from search_service.index_keeper import IndexKeeper
 from search_service.items_rpc import ItemsRpc
 from search_service.maintenance import CompactRpc, Erasures
+from search_service.method_limits import METHOD_LIMITS
+from search_service.metrics import SearchMetrics
+from search_service.readiness import Readiness
 from search_service.replication.client import GrpcPeers
 from search_service.replication.servicer import ReplicaServicer, ServingLimits
 from search_service.sketches import Sketches
@@ -69,9 +75,15 @@ class SearchServicer(CollectionsRpc, ItemsRpc, CompactRpc, VerifyRpc):
 
     names: Sequence[str] = ("hashlens.v1.SearchService", "hashlens.v1.ReplicaService")
 
+    method_limits: Mapping[str, int] = METHOD_LIMITS
+
     def __init__(self, config: SearchConfig) -> None:
         self._config = config
+        self._readiness = Readiness(config.stuck_s)
+        self._is_open = False
+        self.stopping = asyncio.Event()
         self._stack = AsyncExitStack()
+        self._metrics = SearchMetrics()
         self._threads = ThreadPoolExecutor(config.n_store_threads, thread_name_prefix="store")
         sketches = Sketches(config.sketch_memory_mb << 20) if config.sketch_memory_mb else None
         if sketches is not None:
@@ -112,6 +124,7 @@ class SearchServicer(CollectionsRpc, ItemsRpc, CompactRpc, VerifyRpc):
         """Open the store, compile the kernels, reach for the encoder."""
         config = self._config
         began_s = time.monotonic()
+        self._readiness.stage = "starting the kernels' threads"
         self._executor = await asyncio.to_thread(
             lambda: Executor(n_threads=config.n_threads, max_queue=config.max_queue)
         )
@@ -134,13 +147,16 @@ class SearchServicer(CollectionsRpc, ItemsRpc, CompactRpc, VerifyRpc):
             scrub_interval_s=config.scrub_interval_s,
         )
         peers = GrpcPeers(config.max_message_bytes, config.peer_security)
+        self._readiness.stage = "opening the store"
         # Kept, because a signal may end the waiting, but not the opening.
         self._opening = asyncio.ensure_future(asyncio.to_thread(Store.open, store_config, peers))
         opening_s = time.monotonic()
         self._store = await asyncio.shield(self._opening)
         self._replicas.serve(self._store)
         opened_s = time.monotonic()
+        self._readiness.stage = "compiling the kernels"
         await self._executor.run(lambda cancel: self._engine.warm_up())
+        self._is_open = True
         for stage, took_s in (
             ("executor", opening_s - began_s),
             ("store", opened_s - opening_s),
@@ -148,9 +164,20 @@ class SearchServicer(CollectionsRpc, ItemsRpc, CompactRpc, VerifyRpc):
         ):
             logger.info("ready stage %s: %.3f s", stage, took_s)
 
+    def state(self) -> ServiceState:
+        """Return how the service is."""
+        if not self._is_open:
+            return self._readiness.while_starting()
+        return self._readiness.of(self._executor, self._store.collections())
+
+    def drain(self) -> None:
+        """Have streams that would go on for ever end: they look at `stopping`."""
+        self.stopping.set()
+
     def metrics(self) -> Iterable[Metric]:
         """Return what Prometheus is told."""
-        return store_metrics(self._store)
+        yield from store_metrics(self._store)
+        yield from self._metrics.collect(self._executor, self._config.max_queue)
 
     async def close(self) -> None:
         """Stop the executor, checkpoint and close the store."""
@@ -176,10 +203,9 @@ class SearchServicer(CollectionsRpc, ItemsRpc, CompactRpc, VerifyRpc):
         wait_ns = time.monotonic_ns() - started_ns
         self._check_fits(1, snapshot, options)
         answerer = self._answerer(collection, snapshot, options, ends_s)
-        result = await answerer.answer(query, await answerer.meanings(), field="query")
-        reply = await reply_of(result, spec.n_bits, packed=options.packed)
-        reply.receipt.timings.wait_version_ns = wait_ns
-        reply.receipt.timings.total_ns = time.monotonic_ns() - started_ns
+        with self._metrics.query():
+            result = await answerer.answer(query, await answerer.meanings(), field="query")
+            reply = await self._replied(result, answerer, wait_ns, started_ns)
         check_size(reply.ByteSize(), self._config.max_message_bytes, _ADVICE)
         return reply
 
@@ -210,13 +236,12 @@ class SearchServicer(CollectionsRpc, ItemsRpc, CompactRpc, VerifyRpc):
             nonlocal answered_bytes
             field = f"queries[{i}]"
             try:
-                query = checks.query_of(message, collection.spec, options.rank, field=field)
-                result = await answerer.answer(query, meanings, field=field)
+                with self._metrics.query():
+                    query = checks.query_of(message, collection.spec, options.rank, field=field)
+                    result = await answerer.answer(query, meanings, field=field)
             except HashlensError as error:
                 return spb.SearchBatchResult(error=status_of(error))
-            reply = await reply_of(result, collection.spec.n_bits, packed=options.packed)
-            reply.receipt.timings.wait_version_ns = wait_ns
-            reply.receipt.timings.total_ns = time.monotonic_ns() - started_ns
+            reply = await self._replied(result, answerer, wait_ns, started_ns)
             # Refused as soon as it is too large: what waits then would not be sent.
             answered_bytes += reply.ByteSize()
             check_size(answered_bytes, self._config.max_message_bytes, _ADVICE)
@@ -252,11 +277,13 @@ class SearchServicer(CollectionsRpc, ItemsRpc, CompactRpc, VerifyRpc):
             with_code=request.with_code,
         )
         exact = not collection.is_lost
-        async for reply in self._balls.stream(ball, ends_s=ends_s, exact=exact):
-            if reply.HasField("receipt"):
-                reply.receipt.timings.MergeFrom(timings)
-                reply.receipt.timings.total_ns = time.monotonic_ns() - started_ns
-            yield reply
+        with self._metrics.query():
+            async for reply in self._balls.stream(ball, ends_s=ends_s, exact=exact):
+                if reply.HasField("receipt"):
+                    reply.receipt.timings.MergeFrom(timings)
+                    reply.receipt.timings.total_ns = time.monotonic_ns() - started_ns
+                    self._metrics.observe(reply.receipt, reply.receipt.timings)
+                yield reply
 
     async def Audit(  # noqa: N802 - the contract's name
         self, request: spb.AuditRequest, context: Context
@@ -275,11 +302,33 @@ class SearchServicer(CollectionsRpc, ItemsRpc, CompactRpc, VerifyRpc):
         wait_ns = time.monotonic_ns() - started_ns
         self._check_fits(1, snapshot, options)
         answerer = self._answerer(collection, snapshot, options, ends_s)
-        result = await self._auditor.audit(answerer, query, field="search.query")
-        reply = await asyncio.to_thread(convert.audit_to_proto, result, spec.n_bits)
+        with self._metrics.query():
+            result = await self._auditor.audit(answerer, query, field="search.query")
+        reply = await in_thread(
+            lambda cancel: convert.audit_to_proto(result, spec.n_bits, check=cancel.check)
+        )
         reply.answer.receipt.timings.wait_version_ns = wait_ns
         reply.answer.receipt.timings.total_ns = time.monotonic_ns() - started_ns
         check_size(reply.ByteSize(), self._config.max_message_bytes, _ADVICE)
+        return reply
+
+    async def _replied(
+        self, result: SearchResult, answerer: Answerer, wait_ns: int, started_ns: int
+    ) -> spb.SearchResponse:
+        """Return an answer's wire form, its receipt complete, and count what it cost."""
+        began_ns = time.monotonic_ns()
+        n_bits, packed = answerer.collection.spec.n_bits, answerer.options.packed
+        reply = await reply_of(result, n_bits, packed=packed)
+        ended_ns = time.monotonic_ns()
+        reply.receipt.timings.wait_version_ns = wait_ns
+        reply.receipt.timings.total_ns = ended_ns - started_ns
+        self._metrics.observe(
+            result.receipt,
+            result.receipt.timings,
+            wait_version_ns=wait_ns,
+            reply_ns=ended_ns - began_ns,
+            has_spans=answerer.is_alone,
+        )
         return reply
 
     def _check_fits(self, n_queries: int, snapshot: Snapshot, options: SearchOptions) -> None:

@@ -28,8 +28,8 @@ _BLOCK_BYTES = 1 << 24
 _STEP_BYTES = 1 << 21
 """Features, as float32, that are rounded at a time."""
 
-_SCAN_ROWS = 1 << 15
-"""Rows between two looks at the cancel flag: a few milliseconds."""
+_SCAN_BYTES = 1 << 24
+"""Read between two looks at the cancel flag: a few milliseconds."""
 
 
 def warm_up() -> None:
@@ -134,9 +134,10 @@ class Sketch:
         block_bits = self.block_rows.bit_length() - 1
         near = np.empty(rows.shape[0], dtype=np.float64)
         least = np.empty_like(near)
-        for lo in range(0, rows.shape[0], _SCAN_ROWS):
+        step = max(1, _SCAN_BYTES // row_bytes(self.dim))
+        for lo in range(0, rows.shape[0], step):
             cancel.check()
-            part = slice(lo, lo + _SCAN_ROWS)
+            part = slice(lo, lo + step)
             kernels.bounds(
                 addresses, block_bits, self.dim, rows[part], codes, numbers, near[part], least[part]
             )

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hashlens.rpc.metrics import CounterMetricFamily, GaugeMetricFamily, Metric
+from hashlens.rpc.metrics import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+    gauge,
+)
 from search_service.storage import Store
 
 _GAUGES = {
@@ -25,12 +31,56 @@ _GAUGES = {
 
 def store_metrics(store: Store) -> Iterator[Metric]:
     """Return what there is to say at this moment; asks neither disk nor Redis."""
-    infos = store.infos()
+    collections = store.collections()
+    infos = [collection.info() for collection in collections]
     for name, (text, field) in _GAUGES.items():
-        gauge = GaugeMetricFamily(name, text, labels=["collection"])
+        family = GaugeMetricFamily(name, text, labels=["collection"])
         for info in infos:
-            gauge.add_metric([info.spec.name], float(getattr(info, field)))
-        yield gauge
+            family.add_metric([info.spec.name], float(getattr(info, field)))
+        yield family
+    log_version, lag, log_entries = (
+        GaugeMetricFamily(f"hashlens_collection_{name}", text, labels=["collection"])
+        for name, text in (
+            ("log_version", "The newest write that the log is known to have."),
+            ("log_lag", "Writes in the log that this replica has not applied yet."),
+            ("log_entries", "Entries of the log in Redis, looked at every few seconds."),
+        )
+    )
+    for collection, info in zip(collections, infos, strict=True):
+        newest = collection.log_version
+        log_version.add_metric([info.spec.name], newest)
+        lag.add_metric([info.spec.name], max(newest - info.version, 0))
+        log_entries.add_metric([info.spec.name], collection.log_entries)
+    yield from (log_version, lag, log_entries)
+    yield from _redis(store, is_refused=any(c.is_refused for c in collections))
+    yield from _counted(store)
+
+
+def _redis(store: Store, *, is_refused: bool) -> Iterator[Metric]:
+    state = store.redis
+    yield gauge(
+        "hashlens_redis_connected", "1 if the last call to Redis was answered.", state.is_connected
+    )
+    yield gauge(
+        "hashlens_redis_writable",
+        "1 if Redis answers and refuses no writes.",
+        state.is_connected and not is_refused,
+    )
+    yield gauge("hashlens_redis_last_call_seconds", "The last call to Redis.", state.last_s)
+    yield SummaryMetricFamily(
+        "hashlens_redis_call_seconds",
+        "Calls to Redis, those that read the log apart.",
+        count_value=state.n_calls,
+        sum_value=state.total_s,
+    )
+    yield CounterMetricFamily(
+        "hashlens_redis_failures",
+        "Calls to Redis without an answer, or with a refusal.",
+        value=state.n_failures,
+    )
+
+
+def _counted(store: Store) -> Iterator[Metric]:
     counters = store.counters
     for name, text, value in (
         (

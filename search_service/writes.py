@@ -13,6 +13,7 @@ from hashlens.rpc.status import status_of
 from hashlens.types import CollectionSpec, Embedding, Item
 from hashlens.v1 import search_service_pb2 as spb
 from search_service import checks
+from search_service.cancel import Cancel, in_thread
 from search_service.images import ImageEncoder
 from search_service.storage.records import Record
 
@@ -72,9 +73,9 @@ async def prepare(
         packed = await asyncio.to_thread(checks.packed_of, request.packed, spec, field="packed")
         return Write(packed, [], request, has_images=False)
     if len(request.items) > _ITEMS_AT_ONCE:
-        items = await asyncio.to_thread(_checked, request, spec)
+        items = await in_thread(lambda cancel: _checked(request, spec, cancel))
     else:
-        items = _checked(request, spec)
+        items = _checked(request, spec, Cancel())
     embeddings = {i: item.embedding for i, item in enumerate(items) if item.embedding}
     pictures = {i: item.image for i, item in enumerate(items) if item.image is not None}
     failures = []
@@ -93,18 +94,20 @@ async def prepare(
             else:
                 embeddings[i] = result.embedding
     return Write(
-        records=[_record(items[i], embeddings[i]) for i in sorted(embeddings)],
+        records=[record_of(items[i], embeddings[i]) for i in sorted(embeddings)],
         failures=failures,
         request=request,
         has_images=bool(pictures),
     )
 
 
-def _checked(request: spb.UpsertRequest, spec: CollectionSpec) -> list[Item]:
-    return [
-        checks.item_of(message, spec, field=f"items[{i}]")
-        for i, message in enumerate(request.items)
-    ]
+def _checked(request: spb.UpsertRequest, spec: CollectionSpec, cancel: Cancel) -> list[Item]:
+    items = []
+    for i, message in enumerate(request.items):
+        if i % _ITEMS_AT_ONCE == 0:
+            cancel.check()
+        items.append(checks.item_of(message, spec, field=f"items[{i}]"))
+    return items
 
 
 def request_id_of(given: str) -> str:
@@ -116,7 +119,8 @@ def request_id_of(given: str) -> str:
     return given or uuid.uuid4().hex
 
 
-def _record(item: Item, embedding: Embedding) -> Record:
+def record_of(item: Item, embedding: Embedding) -> Record:
+    """Return an item as the store takes it, its image replaced by what the encoder made of it."""
     feature = b"" if embedding.feature is None else embedding.feature.tobytes()
     return Record(
         id=item.id,

@@ -68,6 +68,7 @@ class ServiceProcess:
     ) -> None:
         self.name = name
         self.address: str | None = None
+        self.metrics: str | None = None
         self._on_line = on_line
         self._last_line = ""
         self._announced = threading.Event()
@@ -183,7 +184,9 @@ class ServiceProcess:
         with stream:
             for line in stream:
                 with suppress(ValueError, KeyError, TypeError):
-                    self.address = str(json.loads(line)["listening"])
+                    said = json.loads(line)
+                    self.metrics = said.get("metrics")
+                    self.address = str(said["listening"])
                     self._announced.set()
                     continue
                 self._log(line)

@@ -17,6 +17,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _NOTED = "hashlens.security"
 
+ENCODER_METRICS = "127.0.0.1:50061"
+"""Where ``hashlens up`` puts the numbers of the encoder service."""
+
+SEARCH_METRICS = "127.0.0.1:50062"
+"""Where ``hashlens up`` puts the numbers of the search service."""
+
 PROBE_S = 2.0
 """Time for a health probe after a call has failed, in seconds."""
 

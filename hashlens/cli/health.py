@@ -11,21 +11,24 @@ from rich.text import Text
 from hashlens.cli.connect import client_config, targets
 from hashlens.cli.text import console, printable
 from hashlens.client import Client
+from hashlens.types import ServiceHealth
 
 
 @click.command()
 @targets
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("-v", "--verbose", is_flag=True, help="Say whether each is ready, and why not.")
 @click.pass_context
 def health(
     ctx: click.Context,
     search_target: str,
     encoder_target: str,
     as_json: bool,
+    verbose: bool,
 ) -> None:
     """Say whether each service serves.
 
-    The exit status is 0 only if all do.
+    The exit status is 0 only if all do; with -v, only if all are ready.
     """
     with Client(search_target, encoder_target, config=client_config()) as client:
         states = {state.target: state for state in client.health()}
@@ -33,7 +36,7 @@ def health(
         (name, states[target])
         for name, target in (("encoder", encoder_target), ("search", search_target))
     ]
-    ok = all(state.serving for _, state in rows)
+    ok = all(state.ready if verbose else state.serving for _, state in rows)
     if as_json:
         services = [
             {
@@ -41,6 +44,9 @@ def health(
                 "target": state.target,
                 "serving": state.serving,
                 "detail": state.detail,
+                "ready": state.ready,
+                "live": state.live,
+                "reasons": list(state.reasons),
             }
             for name, state in rows
         ]
@@ -51,8 +57,19 @@ def health(
             word, style = ("serving", "green") if state.serving else ("away", "red")
             # Of gRPC's chain of causes, the last says most: `Connection refused`, say.
             detail = "" if state.serving else printable(state.detail.rpartition(": ")[2])
+            if verbose and state.serving:
+                word, style = _verdict(state)
+            if verbose and state.reasons:
+                detail = printable("; ".join(state.reasons))
             table.add_row(name, printable(state.target), Text(word, style), Text(detail, "dim"))
         console().print(table)
         if not ok:
             click.echo("Start both with `hashlens up`.", err=True)
     ctx.exit(0 if ok else 1)
+
+
+def _verdict(state: ServiceHealth) -> tuple[str, str]:
+    """Return in a word how a service is that serves, and its colour."""
+    if not state.live:
+        return "stuck", "red"
+    return ("ready", "green") if state.ready else ("not ready", "yellow")

@@ -19,6 +19,7 @@ from hashlens.cli.health import health
 from hashlens.cli.index import index
 from hashlens.cli.search import search
 from hashlens.cli.text import printable
+from hashlens.cli.top.command import top
 from hashlens.cli.transfer.export_command import export
 from hashlens.cli.transfer.import_command import import_
 from hashlens.cli.up import up
@@ -132,6 +133,7 @@ for command in (
     index,
     search,
     health,
+    top,
     collections,
     replicas,
     compact,

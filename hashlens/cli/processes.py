@@ -66,6 +66,9 @@ class ServicesConfig:
     """Directory of the search service; made if it is not there."""
     encoder_listen: str = "127.0.0.1:0"
     search_listen: str = "127.0.0.1:0"
+    encoder_metrics: str = ""
+    """Where Prometheus reads the encoder's numbers; empty: nowhere."""
+    search_metrics: str = ""
     checkpoint: Path | None = None
     """None: the encoder's own default."""
     redis_url: str | None = None
@@ -96,6 +99,16 @@ class Services:
         """Where the search service listens."""
         assert self._search.address is not None
         return reachable(self._search.address)
+
+    @property
+    def encoder_metrics(self) -> str | None:
+        """Where the encoder's numbers are; None: nowhere."""
+        return self._encoder.metrics
+
+    @property
+    def search_metrics(self) -> str | None:
+        """Where the search service's numbers are; None: nowhere."""
+        return self._search.metrics
 
     def watch(self) -> None:
         """Wait until a service ends.
@@ -191,6 +204,8 @@ def _encoder_arguments(config: ServicesConfig, listen: str) -> list[str]:
         arguments += ["--insecure"]
     if config.checkpoint is not None:
         arguments += ["--checkpoint", str(config.checkpoint)]
+    if config.encoder_metrics:
+        arguments += ["--metrics-listen", config.encoder_metrics]
     return arguments
 
 
@@ -199,6 +214,8 @@ def _search_arguments(config: ServicesConfig, encoder_listen: str) -> list[str]:
     arguments += ["--encoder", reachable(encoder_listen)]
     if config.insecure:
         arguments += ["--insecure"]
+    if config.search_metrics:
+        arguments += ["--metrics-listen", config.search_metrics]
     return arguments
 
 

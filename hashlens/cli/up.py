@@ -15,6 +15,9 @@ from hashlens.cli.processes import Services, ServicesConfig, interruptible, runn
 from hashlens.cli.text import console, counted, printable
 from hashlens.client import Client, wire
 
+_METRICS_ABOVE = 10
+"""How far above a service's port its numbers are: 50051 and 50061."""
+
 _STYLES = {"encoder": "cyan", "search": "magenta"}
 
 
@@ -41,6 +44,18 @@ _STYLES = {"encoder": "cyan", "search": "magenta"}
     metavar="HOST:PORT",
 )
 @click.option(
+    "--encoder-metrics-listen",
+    envvar="HASHLENS_ENCODER_METRICS_LISTEN",
+    metavar="HOST:PORT",
+    help="For `hashlens top` and Prometheus; without it, ten ports above, for this machine only.",
+)
+@click.option(
+    "--search-metrics-listen",
+    envvar="HASHLENS_SEARCH_METRICS_LISTEN",
+    metavar="HOST:PORT",
+    help="Likewise.",
+)
+@click.option(
     "--checkpoint",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="The encoder's model; without it the bundled one.",
@@ -57,6 +72,8 @@ def up(
     data: Path,
     encoder_listen: str,
     search_listen: str,
+    encoder_metrics_listen: str | None,
+    search_metrics_listen: str | None,
     checkpoint: Path | None,
     redis_url: str | None,
     device: str,
@@ -73,6 +90,8 @@ def up(
         data=data.resolve(),
         encoder_listen=encoder_listen,
         search_listen=search_listen,
+        encoder_metrics=encoder_metrics_listen or _metrics_beside(encoder_listen),
+        search_metrics=search_metrics_listen or _metrics_beside(search_listen),
         checkpoint=None if checkpoint is None else checkpoint.resolve(),
         redis_url=redis_url,
         device=device,
@@ -112,6 +131,7 @@ def _greet(services: Services, config: ServicesConfig) -> None:
 Hashlens is up.
   encoder  {services.encoder}   {model.backbone}, {model.n_bits} bits, {model.device}
   search   {services.search}   {counted(len(found), "collection")}, {counted(items, "item")}
+  metrics  {services.encoder_metrics} and {services.search_metrics}, see `hashlens top`
   data     {printable(str(config.data))}
 
 Next, in another terminal:
@@ -121,6 +141,13 @@ Next, in another terminal:
 Ctrl-C stops both. Nothing is lost.
 """
     )
+
+
+def _metrics_beside(listen: str) -> str:
+    """Return where a service's numbers are by default: ten ports above, or at any free one."""
+    port = listen.rpartition(":")[2]
+    chosen = int(port) + _METRICS_ABOVE if port.isdecimal() and int(port) else 0
+    return f"127.0.0.1:{chosen if chosen < 65536 else 0}"
 
 
 def _flags(services: Services) -> str:

@@ -7,15 +7,16 @@ import threading
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from grpc_health.v1 import health_pb2
 
 from hashlens import codes, convert
 from hashlens.errors import HashlensError, InvalidInputError
 from hashlens.packed_items import PackedItems
-from hashlens.rpc import limits
+from hashlens.rpc import call, limits
 from hashlens.rpc.channel import CallMetadata, ChannelSecurity
+from hashlens.rpc.health import LIVENESS, READINESS, reasons_of
 from hashlens.rpc.status import error_of
 from hashlens.types import (
     CollectionInfo,
@@ -63,14 +64,16 @@ class ClientConfig:
     """Most items that one Upsert of embeddings carries: a call costs as much as some hundred."""
     chunk_bytes: int = 8 * 2**20
     """About how many bytes one Upsert or EncodeBatch carries, but for one larger item."""
+    stream_items: int = 256
+    """Most items of a stream that are taken from the caller and not answered, of `chunk_bytes`."""
     security: ChannelSecurity = ChannelSecurity()
     """How the services are known, and what is shown to them."""
 
     def __post_init__(self) -> None:
         if self.deadline_s <= 0:
             raise InvalidInputError("every call needs a deadline: set deadline_s above 0")
-        if min(self.chunk_items, self.chunk_embeddings, self.chunk_bytes) < 1:
-            raise InvalidInputError("a chunk holds at least one item")
+        if min(self.chunk_items, self.chunk_embeddings, self.chunk_bytes, self.stream_items) < 1:
+            raise InvalidInputError("a chunk and a stream hold at least one item")
 
 
 @dataclass(slots=True)
@@ -90,7 +93,7 @@ class Wire:
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """Return what a call carries beside its request."""
-        return self._metadata()
+        return call.outgoing() + self._metadata()
 
     # -- encoder ---------------------------------------------------------------------------------
 
@@ -99,13 +102,13 @@ class Wire:
     ) -> enc.EncodeRequest:
         """Build an Encode."""
         self._check_size(len(image), "send a smaller picture")
-        return enc.EncodeRequest(image=image, options=_encode_options(feature_dtype, activations))
+        return enc.EncodeRequest(image=image, options=encode_options(feature_dtype, activations))
 
     def encode_batches(
         self, images: Sequence[bytes], feature_dtype: FeatureDtype | None, activations: bool
     ) -> Iterator[enc.EncodeBatchRequest]:
         """Build the EncodeBatch calls for any number of images."""
-        options = _encode_options(feature_dtype, activations)
+        options = encode_options(feature_dtype, activations)
         most = self.config.chunk_items
         for chunk in self._chunks((image, len(image), most) for image in images):
             request = enc.EncodeBatchRequest(images=chunk, options=options)
@@ -381,14 +384,40 @@ def _chunk_id(base: str, n: int) -> str:
     return own if len(own.encode()) <= 64 else hashlib.blake2b(own.encode()).hexdigest()[:64]
 
 
-def _encode_options(feature_dtype: FeatureDtype | None, activations: bool) -> enc.EncodeOptions:
+def encode_options(feature_dtype: FeatureDtype | None, activations: bool) -> enc.EncodeOptions:
+    """Build what an image is encoded to."""
     return enc.EncodeOptions(
         feature_dtype=convert.dtype_to_proto(feature_dtype), with_activations=activations
     )
 
 
-def health_of(target: str, reply: health_pb2.HealthCheckResponse) -> ServiceHealth:
-    """Read a health check."""
-    status = health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
-    serving = reply.status == health_pb2.HealthCheckResponse.SERVING
-    return ServiceHealth(target=target, serving=serving, detail=status.lower())
+HEALTH_NAMES = ("", READINESS, LIVENESS)
+"""What is asked of a server's health."""
+
+
+def health_of(
+    target: str, replies: Sequence[health_pb2.HealthCheckResponse | None], trailing: Any
+) -> ServiceHealth:
+    """Read health checks.
+
+    Parameters
+    ----------
+    target
+        Whom they are of.
+    replies
+        For each of `HEALTH_NAMES`; None for a name that the server does not know. Such a one is not
+        ours, and what it says of itself as a whole counts.
+    trailing
+        Metadata of the first.
+    """
+    whole, ready, live = (reply and reply.status for reply in replies)
+    serving = health_pb2.HealthCheckResponse.SERVING
+    assert whole is not None
+    return ServiceHealth(
+        target=target,
+        serving=whole == serving,
+        detail=health_pb2.HealthCheckResponse.ServingStatus.Name(whole).lower(),
+        ready=(whole if ready is None else ready) == serving,
+        live=live is None or live == serving,
+        reasons=reasons_of(trailing),
+    )

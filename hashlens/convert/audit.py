@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
-from hashlens.convert.search import hit_from_proto, hit_to_proto, result_from_proto, result_to_proto
+from collections.abc import Callable
+
+from hashlens.convert.search import (
+    HITS_AT_ONCE,
+    hit_from_proto,
+    hit_to_proto,
+    result_from_proto,
+    result_to_proto,
+)
 from hashlens.errors import InvalidInputError
 from hashlens.types import AuditResult
 from hashlens.v1 import search_service_pb2 as spb
 
 
-def audit_to_proto(result: AuditResult, n_bits: int) -> spb.AuditResponse:
-    """Return the wire form; `n_bits` is the width of the collection's codes."""
-    return spb.AuditResponse(
-        answer=result_to_proto(result.answer, n_bits),
-        exhaustive_hits=[hit_to_proto(hit, n_bits) for hit in result.exhaustive_hits],
+def audit_to_proto(
+    result: AuditResult, n_bits: int, *, check: Callable[[], None] = lambda: None
+) -> spb.AuditResponse:
+    """Return the wire form.
+
+    Parameters
+    ----------
+    result
+        What to send.
+    n_bits
+        Width of the collection's codes.
+    check
+        Called every thousand hits or so, to raise if nobody waits for the reply any more.
+    """
+    reply = spb.AuditResponse(
+        answer=result_to_proto(result.answer, n_bits, check=check),
         recall=result.recall,
         first_miss=result.first_miss,
     )
+    for lo in range(0, len(result.exhaustive_hits), HITS_AT_ONCE):
+        check()
+        part = result.exhaustive_hits[lo : lo + HITS_AT_ONCE]
+        reply.exhaustive_hits.extend([hit_to_proto(hit, n_bits) for hit in part])
+    return reply
 
 
 def audit_from_proto(message: spb.AuditResponse) -> AuditResult:

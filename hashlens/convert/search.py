@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from hashlens.convert.collection import check_id
 from hashlens.convert.embedding import (
     embedding_from_proto,
@@ -33,6 +35,9 @@ from hashlens.types import (
 )
 from hashlens.v1 import embedding_pb2 as epb
 from hashlens.v1 import search_service_pb2 as spb
+
+HITS_AT_ONCE = 1000
+"""Hits that are converted between two looks at whether anybody waits: a few milliseconds."""
 
 _RANK_TO_PROTO = {
     Rank.AUTO: spb.RANK_UNSPECIFIED,
@@ -303,7 +308,11 @@ def receipt_from_proto(message: spb.Receipt) -> Receipt:
 
 
 def result_to_proto(
-    result: SearchResult, n_bits: int, *, packed: bool = False
+    result: SearchResult,
+    n_bits: int,
+    *,
+    packed: bool = False,
+    check: Callable[[], None] = lambda: None,
 ) -> spb.SearchResponse:
     """Return the wire form.
 
@@ -315,6 +324,8 @@ def result_to_proto(
         Width of the collection's codes.
     packed
         Send `PackedHits` as they are, else a message for each hit.
+    check
+        Called every thousand hits or so, to raise if nobody waits for the reply any more.
     """
     hits = result.hits
     response = spb.SearchResponse(
@@ -325,29 +336,43 @@ def result_to_proto(
             else reply_explanation_to_proto(result.explanation, n_bits)
         ),
     )
-    if not isinstance(hits, PackedHits):
-        response.hits.extend([hit_to_proto(hit, n_bits) for hit in hits])
-    elif packed:
-        response.packed.CopyFrom(packed_hits_to_proto(hits, n_bits))
+    if isinstance(hits, PackedHits):
+        if packed:
+            response.packed.CopyFrom(packed_hits_to_proto(hits, n_bits))
+        else:
+            _spell_out(hits, n_bits, response, check)
     else:
-        _spell_out(hits, n_bits, response)
+        for lo in range(0, len(hits), HITS_AT_ONCE):
+            check()
+            part = hits[lo : lo + HITS_AT_ONCE]
+            response.hits.extend([hit_to_proto(hit, n_bits) for hit in part])
     return response
 
 
-def _spell_out(hits: PackedHits, n_bits: int, response: spb.SearchResponse) -> None:
+def _spell_out(
+    hits: PackedHits, n_bits: int, response: spb.SearchResponse, check: Callable[[], None]
+) -> None:
     """Add a message for each hit, from the columns: making a `Hit` of it would double the cost."""
     add = response.hits.add
-    columns = (hits.ids(), hits.hamming_bits.tolist(), hits.payloads())
-    if hits.distances is None:
-        for item_id, bits, payload in zip(*columns, strict=True):
-            add(id=item_id, hamming_bits=bits, payload=payload)
-    else:
-        for item_id, bits, payload, distance in zip(*columns, hits.distances.tolist(), strict=True):
-            add(id=item_id, hamming_bits=bits, payload=payload, distance=distance)
-    if hits.codes is not None:
-        for message, code in zip(response.hits, hits.codes, strict=True):
-            message.code.bits = code.tobytes()
-            message.code.n_bits = n_bits
+    ids = hits.ids()
+    check()
+    payloads, distances = hits.payloads(), hits.distances
+    for lo in range(0, len(hits), HITS_AT_ONCE):
+        check()
+        place = slice(lo, lo + HITS_AT_ONCE)
+        columns = (ids[place], hits.hamming_bits[place].tolist(), payloads[place])
+        if distances is None:
+            for item_id, bits, payload in zip(*columns, strict=True):
+                add(id=item_id, hamming_bits=bits, payload=payload)
+        else:
+            for item_id, bits, payload, distance in zip(
+                *columns, distances[place].tolist(), strict=True
+            ):
+                add(id=item_id, hamming_bits=bits, payload=payload, distance=distance)
+        if hits.codes is not None:
+            for message, code in zip(response.hits[place], hits.codes[place], strict=True):
+                message.code.bits = code.tobytes()
+                message.code.n_bits = n_bits
 
 
 def result_from_proto(message: spb.SearchResponse) -> SearchResult:

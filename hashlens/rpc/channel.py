@@ -80,7 +80,7 @@ def connect(target: str, options: Options, security: ChannelSecurity) -> grpc.Ch
     Parameters
     ----------
     target
-        ``host:port``.
+        ``host:port``, or ``ipv4:host:port,host:port`` to go round several.
     options
         Of gRPC, see `hashlens.rpc.limits.channel_options`.
     security
@@ -119,7 +119,7 @@ def _options(target: str, options: Options, security: ChannelSecurity) -> Option
         return [*options, ("grpc.ssl_target_name_override", security.tls_name)]
     if security.token_file is None or security.is_tls or security.insecure:
         return options
-    if not is_loopback(target):
+    if not all(is_loopback(address) for address in _addresses(target)):
         raise InvalidInputError(
             f"the token would travel to {target} for everybody on the way to read. Use TLS "
             "(tls_ca, or tls for a certificate of a public authority), or say insecure.",
@@ -127,3 +127,9 @@ def _options(target: str, options: Options, security: ChannelSecurity) -> Option
         )
     # One that the environment names would be on the way, too.
     return [*options, ("grpc.enable_http_proxy", 0)]
+
+
+def _addresses(target: str) -> Sequence[str]:
+    """Return what a target names: one address, or several in gRPC's form for that."""
+    scheme, _, several = target.partition(":")
+    return several.split(",") if scheme in ("ipv4", "ipv6") else [target]

@@ -37,11 +37,22 @@ class _Calls(Generic[C]):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Begin a call."""
+        return self._newest()(*args, **kwargs)
+
+    def with_call(self, *args: Any, **kwargs: Any) -> Any:
+        """Begin a blocking call whose trailing metadata is asked for."""
+        return self._newest().with_call(*args, **kwargs)
+
+    def future(self, *args: Any, **kwargs: Any) -> Any:
+        """Begin a blocking channel's call that is not waited for."""
+        return self._newest().future(*args, **kwargs)
+
+    def _newest(self) -> Any:
         channel = self._current()
         made = self._made
         if made is None or made[0] is not channel:
             self._made = made = (channel, self._make(channel))
-        return made[1](*args, **kwargs)
+        return made[1]
 
     def _make(self, channel: C) -> Any:
         return getattr(channel, self._kind)(*self._args, **self._kwargs)

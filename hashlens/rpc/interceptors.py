@@ -9,18 +9,29 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
 
-from hashlens.errors import CancelledError, HashlensError, InvalidInputError, UnavailableError
+from hashlens.errors import CancelledError, HashlensError, UnavailableError
 from hashlens.rpc import status
+from hashlens.rpc.decoding import parsed
 from hashlens.rpc.refusal import Handler as _Handler
 from hashlens.rpc.refusal import refusing
 
 logger = logging.getLogger(__name__)
 
 
+_REPEAT_S = 10.0
+"""What goes wrong again and again is logged once, and then summed up this often, in seconds."""
+
+_MAX_KINDS = 1000
+
+_HEALTH = "/grpc.health."
+
+
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Turns what a handler raises into a status, and logs what was not meant to happen."""
+
+    def __init__(self) -> None:
+        self._log = _ErrorLog()
 
     async def intercept_service(
         self,
@@ -32,25 +43,53 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         if handler is None:
             return None
+        parse, serialize = handler.request_deserializer, handler.response_serializer
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(
-                _guard_unary(handler.unary_unary, method),
-                _tolerant(handler.request_deserializer),
-                handler.response_serializer,
+                self._unary(handler.unary_unary, method, parse), None, serialize
             )
         if handler.unary_stream is not None:
             return grpc.unary_stream_rpc_method_handler(
-                _guard_stream(handler.unary_stream, method),
-                _tolerant(handler.request_deserializer),
-                handler.response_serializer,
+                self._stream(handler.unary_stream, method, parse), None, serialize
             )
         if handler.stream_stream is not None:
             return grpc.stream_stream_rpc_method_handler(
-                _guard_stream(handler.stream_stream, method),
-                handler.request_deserializer,
-                handler.response_serializer,
+                self._stream(_reading(handler.stream_stream, parse), method, None), None, serialize
             )
         return handler
+
+    def _unary(
+        self, behaviour: Callable[..., Any], method: str, parse: Callable[[bytes], Any] | None
+    ) -> Callable[..., Any]:
+        async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            started_ns = time.monotonic_ns()
+            try:
+                return await behaviour(parsed(parse, request), context)
+            except (grpc.aio.AbortError, asyncio.CancelledError):
+                raise
+            except Exception as error:
+                self._log.note(method, error, started_ns)
+                return await status.abort(context, error)
+
+        return guarded
+
+    def _stream(
+        self, behaviour: Callable[..., Any], method: str, parse: Callable[[bytes], Any] | None
+    ) -> Callable[..., Any]:
+        async def guarded(
+            request: Any, context: grpc.aio.ServicerContext[Any, Any]
+        ) -> AsyncIterator[Any]:
+            started_ns = time.monotonic_ns()
+            try:
+                async for reply in behaviour(parsed(parse, request), context):
+                    yield reply
+            except (grpc.aio.AbortError, asyncio.CancelledError):
+                raise
+            except Exception as error:
+                self._log.note(method, error, started_ns)
+                await status.abort(context, error)
+
+        return guarded
 
 
 class GateInterceptor(grpc.aio.ServerInterceptor):
@@ -58,8 +97,15 @@ class GateInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self) -> None:
         self._refusal: _Handler | None = refusing(
-            lambda: UnavailableError("the service is warming up: try again in a few seconds")
+            lambda: UnavailableError(
+                "the service is warming up: try again in a few seconds", elsewhere=True
+            )
         )
+
+    @property
+    def is_open(self) -> bool:
+        """Whether calls pass."""
+        return self._refusal is None
 
     def open(self) -> None:
         """Let calls pass from now on."""
@@ -68,7 +114,9 @@ class GateInterceptor(grpc.aio.ServerInterceptor):
     def close(self) -> None:
         """Refuse calls from now on; those that have begun go on."""
         self._refusal = refusing(
-            lambda: UnavailableError("the service is stopping: try another, or again later")
+            lambda: UnavailableError(
+                "the service is stopping: try another, or again later", elsewhere=True
+            )
         )
 
     async def intercept_service(
@@ -77,75 +125,59 @@ class GateInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
         """Pass the call on, or refuse it."""
-        is_health = handler_call_details.method.startswith("/grpc.health.")
-        if self._refusal is not None and not is_health:
+        if self._refusal is not None and not handler_call_details.method.startswith(_HEALTH):
             return self._refusal
         return await continuation(handler_call_details)
 
 
-_UNREADABLE = object()
-"""Stands for a request whose bytes are no message of the call."""
+class _ErrorLog:
+    """Logs what went wrong: each kind once, its repetitions as a number every now and then."""
 
+    def __init__(self) -> None:
+        self._more: dict[tuple[str, type[Exception]], int] = {}
 
-def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
-    """Let the handler refuse what cannot be read; gRPC would call it UNKNOWN, with a traceback."""
-    if deserialize is None:
-        return None
-
-    def parse(data: bytes) -> Any:
-        try:
-            return deserialize(data)
-        except DecodeError:
-            return _UNREADABLE
-
-    return parse
-
-
-def _check_readable(request: Any) -> None:
-    if request is _UNREADABLE:
-        raise InvalidInputError("the request's bytes are no message of this call: check the proto")
-
-
-def _guard_unary(behaviour: Callable[..., Any], method: str) -> Callable[..., Any]:
-    async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        started_ns = time.monotonic_ns()
-        try:
-            _check_readable(request)
-            return await behaviour(request, context)
-        except (grpc.aio.AbortError, asyncio.CancelledError):
-            raise
-        except Exception as error:
-            _log(method, error, started_ns)
-            return await status.abort(context, error)
-
-    return guarded
-
-
-def _guard_stream(behaviour: Callable[..., Any], method: str) -> Callable[..., Any]:
-    async def guarded(
-        request: Any, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[Any]:
-        started_ns = time.monotonic_ns()
-        try:
-            _check_readable(request)
-            async for reply in behaviour(request, context):
-                yield reply
-        except (grpc.aio.AbortError, asyncio.CancelledError):
-            raise
-        except Exception as error:
-            _log(method, error, started_ns)
-            await status.abort(context, error)
-
-    return guarded
-
-
-def _log(method: str, error: Exception, started_ns: int) -> None:
-    spent_ms = (time.monotonic_ns() - started_ns) / 1e6
-    if isinstance(error, NotImplementedError):
-        return
-    if not isinstance(error, HashlensError):
-        logger.error("%s failed after %.1f ms", method, spent_ms, exc_info=error)
-    elif not error.is_input_error and not isinstance(error, CancelledError):
+    def note(self, method: str, error: Exception, started_ns: int) -> None:
+        """Log an error, or count it."""
+        if isinstance(error, NotImplementedError | CancelledError):
+            return
+        spent_ms = (time.monotonic_ns() - started_ns) / 1e6
+        if not isinstance(error, HashlensError):
+            logger.error("%s failed after %.1f ms", method, spent_ms, exc_info=error)
+            return
+        if error.is_input_error:
+            return
+        kind = (method, type(error))
+        if kind in self._more:
+            self._more[kind] += 1
+            return
+        if len(self._more) < _MAX_KINDS:  # A stranger may make up names of methods.
+            self._more[kind] = 0
+            asyncio.get_running_loop().call_later(_REPEAT_S, self._sum_up, kind)
         logger.warning(
             "%s: %s after %.1f ms: %s", method, type(error).__name__, spent_ms, error.message
         )
+
+    def _sum_up(self, kind: tuple[str, type[Exception]]) -> None:
+        n = self._more.pop(kind)
+        if n:
+            method, error = kind
+            logger.warning("%s: %s, %d times more in %g s", method, error.__name__, n, _REPEAT_S)
+            # One that goes on is not news: only its number is.
+            self._more[kind] = 0
+            asyncio.get_running_loop().call_later(_REPEAT_S, self._sum_up, kind)
+
+
+def _reading(
+    behaviour: Callable[..., Any], parse: Callable[[bytes], Any] | None
+) -> Callable[..., Any]:
+    """Have a handler of many requests read them through `parse`, and refuse what is none."""
+
+    async def each(requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        async for data in requests:
+            request = parsed(parse, data)
+            # One that is large is not kept until the next has come.
+            del data
+            yield request
+            del request
+
+    return lambda requests, context: behaviour(each(requests), context)

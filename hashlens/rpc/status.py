@@ -5,6 +5,7 @@ Read from left to right by the servers, from right to left by the clients.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import cast
 
@@ -13,6 +14,7 @@ from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from hashlens import errors
+from hashlens.rpc import call
 
 DETAILS_KEY = "grpc-status-details-bin"
 """Trailing metadata that carries the `google.rpc.Status`."""
@@ -32,6 +34,10 @@ _CODES: dict[type[errors.HashlensError], grpc.StatusCode] = {
     errors.UnimplementedError: grpc.StatusCode.UNIMPLEMENTED,
     errors.DataLossError: grpc.StatusCode.DATA_LOSS,
     errors.InternalError: grpc.StatusCode.INTERNAL,
+}
+_REASONS = {
+    cls: re.sub("(?<!^)(?=[A-Z])", "_", cls.__name__.removesuffix("Error")).lower()
+    for cls in _CODES
 }
 # Overload is told from a used-up resource by its RetryInfo, so the plain code means LimitError.
 _ERRORS = {code: cls for cls, code in _CODES.items()}
@@ -59,6 +65,14 @@ def status_of(error: BaseException) -> status_pb2.Status:
         delay.FromNanoseconds(int(error.retry_after_s * 1e9))
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
     return status
+
+
+def reason_of(error: BaseException) -> str:
+    """Return an error's kind as a label: ``overloaded``, ``invalid_input``; one of a few."""
+    for cls in type(error).__mro__:
+        if cls in _CODES:
+            return _REASONS[cls]
+    return "unimplemented" if isinstance(error, NotImplementedError) else "internal"
 
 
 def error_of(status: status_pb2.Status) -> errors.HashlensError:
@@ -92,7 +106,9 @@ def error_of_call(failure: grpc.RpcError) -> errors.HashlensError:
     code: grpc.StatusCode = failure.code()
     if code is grpc.StatusCode.CANCELLED:
         # Not by us: cancelling a call of our own raises something else.
-        return errors.UnavailableError("the server ended the call: it is stopping")
+        return errors.UnavailableError(
+            "the server ended the call: it is stopping, or waited too long for the request"
+        )
     return error_of(status_pb2.Status(code=code.value[0], message=failure.details() or code.name))
 
 
@@ -101,7 +117,11 @@ async def abort(context: grpc.aio.ServicerContext[object, object], error: BaseEx
     status = status_of(error)
     code = next(c for c in grpc.StatusCode if c.value[0] == status.code)
     trailing: tuple[tuple[str, str | bytes], ...] = ((DETAILS_KEY, status.SerializeToString()),)
-    if code is grpc.StatusCode.UNAVAILABLE:
+    now = call.current()
+    if now is not None:
+        now.error = reason_of(error)
+        trailing += ((call.REQUEST_ID, now.request_id),)
+    if isinstance(error, errors.UnavailableError) and not error.elsewhere:
         # We have tried for as long as the deadline allowed: gRPC's own retry would only turn this
         # into DEADLINE_EXCEEDED. It still retries where no server answered at all.
         trailing += (("grpc-retry-pushback-ms", "-1"),)

@@ -135,4 +135,11 @@ class ServiceHealth:
 
     target: str
     serving: bool
+    """Whether calls are let through."""
     detail: str
+    ready: bool = False
+    """Whether callers should come: a replica that lacks a collection serves and is not ready."""
+    live: bool = False
+    """Whether it can help itself; if not, it has to be started anew."""
+    reasons: tuple[str, ...] = ()
+    """Why it is not ready, or what else there is to say."""

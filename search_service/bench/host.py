@@ -41,7 +41,7 @@ def _add_echo(server: grpc.aio.Server) -> None:
 @options(SearchConfig, "search")
 def main(config: SearchConfig) -> None:
     """Serve SearchService and an echo."""
-    logs.set_up(config.log_format, config.log_level)
+    logs.set_up(config.log_format, config.log_level, config.log_burst)
     # As the service's own main does, and for the same reason.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from search_service.servicer import SearchServicer
@@ -54,7 +54,7 @@ def main(config: SearchConfig) -> None:
             super().register(server)
             _add_echo(server)
 
-    sys.exit(server.run(config, EchoingServicer(config)))  # type: ignore[abstract]
+    sys.exit(server.run(config, EchoingServicer(config)))
 
 
 if __name__ == "__main__":

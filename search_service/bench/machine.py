@@ -9,7 +9,6 @@ import platform
 import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import llvmlite.binding
@@ -18,6 +17,7 @@ import numpy as np
 from numba import types
 from numba.np.ufunc.parallel import threading_layer
 
+from hashlens.cli.bench import cpu_name
 from search_service.kernels.compile import U64_IN, kernel
 
 _BANDWIDTH_BYTES = 1 << 30
@@ -114,7 +114,7 @@ def describe(*, packages: tuple[str, ...] = ()) -> Machine:
     n_threads = numba.get_num_threads()
     rate = memory_gb_per_s()
     return Machine(
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         n_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
         n_threads=n_threads,
         memory_gb=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
@@ -138,18 +138,9 @@ def memory_gb_per_s() -> float:
     return memory.nbytes / best_s / 1e9
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def _target() -> str:
     """Return what Numba compiles for, by its own settings, not what the CPU could do."""
-    name = getattr(numba.config, "CPU_NAME", None) or llvmlite.binding.get_host_cpu_name()
+    name = getattr(numba.config, "CPU_NAME", None) or llvmlite.binding.get_hostcpu_name()
     features = getattr(numba.config, "CPU_FEATURES", None)
     if features is None:
         features = llvmlite.binding.get_host_cpu_features().flatten()

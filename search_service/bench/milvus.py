@@ -15,9 +15,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from hashlens.traffic import Loaded
 from search_service.bench.data import CodeSet
 from search_service.bench.report import WrongAnswerError
-from search_service.bench.traffic import Loaded
 
 # milvus-lite 2.5 asks it for its own version, and setuptools does not bring it any more.
 _RESOURCES: Any = types.ModuleType("pkg_resources")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -113,10 +111,6 @@ class Report:
             "ms x: a peer's time, and how many times longer that is. Medians of one query; of a "
             "batch its share.",
         )
-
-    def write_json(self, path: Path) -> None:
-        """Write the plain form."""
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n", "utf-8")
 
 
 def drawn(report: Report) -> bytes:

@@ -24,13 +24,15 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from hashlens import Client, convert
+from hashlens import Client, convert, traffic
+from hashlens.cli.bench import cpu_s
 from hashlens.cli.child import POLL_S, ServiceProcess
 from hashlens.cli.processes import START_DEADLINE_S, interruptible
 from hashlens.cli.text import console, printable
 from hashlens.config import options, setting
 from hashlens.errors import DeadlineError, InvalidInputError, PreconditionError
 from hashlens.packed import PackedHits
+from hashlens.traffic import Load, Loaded
 from hashlens.types import (
     CollectionSpec,
     Embedding,
@@ -41,13 +43,11 @@ from hashlens.types import (
     SearchResult,
 )
 from hashlens.v1 import search_service_pb2 as spb
-from search_service.bench import traffic
 from search_service.bench.answers import check_hits
 from search_service.bench.command import BenchConfig, check_outputs, publish
 from search_service.bench.data import CodeSet, Kind, make_codes, make_features
 from search_service.bench.host import ECHO
 from search_service.bench.report import Measured, Report, WrongAnswerError
-from search_service.bench.traffic import Load, Loaded
 
 _SEARCH = "/hashlens.v1.SearchService/Search"
 _NAME = "bench"
@@ -271,9 +271,9 @@ def _applied(
 ) -> tuple[Loaded, float]:
     """Apply a load; return what came of it, and the server's CPU time for a call, in us."""
     assert server.address is not None
-    before_s = _cpu_s(server.pid)
+    before_s = cpu_s(server.pid)
     loaded = pool.submit(traffic.run, wanted.to(server.address)).result()
-    spent_s = _cpu_s(server.pid) - before_s
+    spent_s = cpu_s(server.pid) - before_s
     if loaded.n_failed:
         raise WrongAnswerError(f"{loaded.n_failed} calls of {wanted.method} failed")
     if not loaded.latencies_ms:
@@ -281,15 +281,6 @@ def _applied(
             f"no call came back within {wanted.seconds:g} s: measure for longer, or ask less often"
         )
     return loaded, spent_s / loaded.n_sent * 1e6
-
-
-def _cpu_s(pid: int) -> float:
-    """Return the CPU time that a process has taken, in seconds; NaN where that is not known."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
-    except OSError:
-        return float("nan")
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _forms(config: ServeConfig, queries: Sequence[Embedding]) -> list[_Form]:

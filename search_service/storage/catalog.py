@@ -19,7 +19,7 @@ from hashlens.errors import (
 from hashlens.types import CollectionSpec
 from search_service.storage import layout, scripts
 from search_service.storage.chunks import Raw, body_of, chunks_of
-from search_service.storage.connection import Caller, run_script
+from search_service.storage.connection import Caller, RedisState, run_script
 from search_service.storage.erasure import Eraser
 from search_service.storage.keys import (
     COLLECTIONS,
@@ -68,6 +68,15 @@ class Catalog:
         """Who follows the logs."""
         self.eraser = Eraser(self._caller)
         """Erases from the logs."""
+
+    @property
+    def state(self) -> RedisState:
+        """How the calls to Redis went."""
+        return self._caller.state
+
+    def log_entries(self, name: str, deadline_s: float) -> int:
+        """Return how many entries a collection's log has."""
+        return int(self._caller.run(lambda client: client.xlen(Keys(name).log), deadline_s))
 
     def close(self) -> None:
         """Close all connections."""

@@ -109,6 +109,11 @@ class Collection:
         """Whether it is lost, and other files are being looked for."""
         return self._live.follower.needs_files
 
+    @property
+    def trouble(self) -> HashlensError | None:
+        """Why it takes no writes, if so."""
+        return self._live.trouble
+
     def note(self, what: str) -> None:
         """Say in `info` what is done about its trouble."""
         self._live.note = what
@@ -120,6 +125,26 @@ class Collection:
     def hello(self, deadline_s: float) -> None:
         """Tell the other replicas that this one is alive; raises as `catalog.ReplicaList`."""
         self._upkeep.hello(deadline_s)
+
+    def count_log(self, deadline_s: float) -> None:
+        """Look how long the log is; raises what `catalog.Catalog` raises."""
+        live = self._live
+        live.log_entries = live.catalog.log_entries(self.spec.name, deadline_s)
+
+    @property
+    def log_entries(self) -> int:
+        """How long the log was when `count_log` last looked."""
+        return self._live.log_entries
+
+    @property
+    def log_version(self) -> int:
+        """The newest write that is known to be in the log."""
+        return self._live.follower.known_seq
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether Redis answers, and takes no writes."""
+        return self._live.follower.refusal is not None
 
     def replicas(self, deadline_s: float) -> list[ReplicaInfo]:
         """Return all replicas, by id; raises as `catalog.ReplicaList`."""

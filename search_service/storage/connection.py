@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 import ssl
+import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -105,6 +107,30 @@ def run_script(
     return client.register_script(source)(keys=keys, args=arguments)
 
 
+@dataclass(slots=True)
+class RedisState:
+    """How calls to Redis went; thread-safe to write, read field by field."""
+
+    is_connected: bool = False
+    """Whether the last call got an answer, be it a refusal."""
+    last_s: float = 0.0
+    """How long the last call took."""
+    total_s: float = 0.0
+    n_calls: int = 0
+    n_failures: int = 0
+    """Calls that got no answer, or a refusal."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def note(self, took_s: float, *, is_connected: bool, has_failed: bool = False) -> None:
+        """Count a call."""
+        with self._lock:
+            self.is_connected = is_connected
+            self.last_s = took_s
+            self.total_s += took_s
+            self.n_calls += 1
+            self.n_failures += has_failed
+
+
 class Caller:
     """Runs actions against Redis within a deadline, trying again while it makes sense.
 
@@ -127,6 +153,8 @@ class Caller:
             self._clients[timeout_s] = connect(url, timeout_s)
             timeout_s /= 2
         self._clients[_SHORTEST_TIMEOUT_S] = connect(url, _SHORTEST_TIMEOUT_S)
+        self.state = RedisState()
+        """How the calls went."""
 
     def run(self, action: Callable[[redis.Redis], T], deadline_s: float) -> T:
         """Return what `action` returns.
@@ -144,9 +172,15 @@ class Caller:
         pause_s = _FIRST_PAUSE_S
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             client = self._client(give_up - time.monotonic())
+            began_s = time.monotonic()
             try:
-                return action(client)
+                value = action(client)
+                self.state.note(time.monotonic() - began_s, is_connected=True)
+                return value
             except redis.RedisError as error:
+                is_away = isinstance(error, redis.ConnectionError | redis.TimeoutError)
+                took_s = time.monotonic() - began_s
+                self.state.note(took_s, is_connected=not is_away, has_failed=True)
                 if _code(error) in _DEMOTED:
                     # A demoted server keeps its clients; only new connections find the primary.
                     self._disconnect()

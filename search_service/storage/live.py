@@ -25,6 +25,9 @@ class Live:
     checkpoint_trouble: str = ""
     """Why there was no checkpoint the last time."""
 
+    log_entries: int = 0
+    """Of the log in Redis, when it was last looked at."""
+
     @property
     def trouble(self) -> HashlensError | None:
         """Why it takes no writes, if so."""

@@ -70,13 +70,14 @@ class Routines:
                 thread.join()
 
     def _hello(self) -> None:
-        """Thread: tell the others that this replica is alive; end what nobody copies any more."""
+        """Thread: say that this replica is alive, look at the log, end what nobody copies now."""
         config = self._config
         interval_s = min(config.hello_interval_s, config.replica_silence_s / 3)
         while not self._closing.is_set():
             for collection in self._collections():
                 try:
                     collection.hello(config.redis_timeout_s)
+                    collection.count_log(config.redis_timeout_s)
                 except UnavailableError:
                     break  # Whoever follows the log says so.
                 except HashlensError as error:

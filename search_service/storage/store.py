@@ -24,6 +24,7 @@ from search_service.storage.caretaker import Caretaker
 from search_service.storage.catalog import Catalog
 from search_service.storage.collection import Collection
 from search_service.storage.compactor import Compactor, Policy
+from search_service.storage.connection import RedisState
 from search_service.storage.counters import Counters
 from search_service.storage.embedded import EmbeddedRedis
 from search_service.storage.leases import Lease, Leases
@@ -266,7 +267,16 @@ class Store:
 
     def infos(self) -> Sequence[CollectionInfo]:
         """Describe the collections on this replica, by name; never waits."""
-        return [found.info() for found in sorted(self._roster.all(), key=lambda c: c.spec.name)]
+        return [found.info() for found in self.collections()]
+
+    def collections(self) -> Sequence[Collection]:
+        """Return the collections on this replica, by name; never waits."""
+        return sorted(self._roster.all(), key=lambda c: c.spec.name)
+
+    @property
+    def redis(self) -> RedisState:
+        """How calls to Redis went."""
+        return self._catalog.state
 
     @property
     def counters(self) -> Counters:

@@ -12,6 +12,8 @@ from PIL import Image
 
 from hashlens import Client
 from hashlens.cli.demo_data import load_demo_images
+from tests.support.collector import Collector
+from tests.support.observed import Observed
 from tests.support.services import ServiceProcess
 
 
@@ -68,3 +70,11 @@ def client(encoder: ServiceProcess, search: SearchProcess) -> Iterator[Client]:
     """A client of both."""
     with Client(search.target, encoder.target) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
+    """Both services with all that can be watched of them, and a collector of their spans."""
+    folder = tmp_path_factory.mktemp("observed")
+    with Collector() as collector, Observed(folder, collector) as both:
+        yield both

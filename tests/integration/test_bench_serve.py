@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from hashlens.traffic import Load, run
 from hashlens.types import Embedding, Receipt, SearchResult
 from search_service.bench import serve
 from search_service.bench.answers import check_hits
 from search_service.bench.data import make_codes
 from search_service.bench.report import WrongAnswerError
-from search_service.bench.traffic import Load, run
 from search_service.engine import Engine
 from search_service.snapshot import Snapshot
 

@@ -22,7 +22,7 @@ from hashlens.types import (
     SearchResult,
     StageTimings,
 )
-from search_service import coarse, fine, margins, scan
+from search_service import coarse, fine, margins, narrow, scan
 from search_service.cancel import Cancel
 from search_service.engine import Ask, Engine
 from search_service.snapshot import Snapshot
@@ -188,7 +188,10 @@ def test_same_answer_in_many_small_blocks(data: st.DataObject, made: Any) -> Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(coarse, "_SERIAL_BYTES", 0)
         patch.setattr(scan, "_SCAN_ROWS", 64)
-        patch.setattr(fine, "_BLOCK_ROWS", 7)
+        patch.setattr(scan, "_GATHERED_ROWS", 7)
+        patch.setattr(narrow, "BLOCK_ROWS", 7)
+        patch.setattr(narrow, "_CHOSEN_ROWS", 5)
+        patch.setattr(fine, "_BLOCK_BYTES", 100)
         patch.setattr(margins, "_BLOCK_ROWS", 7)
         compare(made, data.draw(options(made[1].n_bits)))
 

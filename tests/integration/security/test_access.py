@@ -293,11 +293,12 @@ def test_a_token_is_not_sent_in_the_open(tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text("hunter2" * 6)
     security = ChannelSecurity(token_file=path)
-    for target in PUBLIC:
+    several = "ipv4:127.0.0.1:1,127.0.0.2:1"
+    for target in (*(set(PUBLIC) - {"ipv4:127.0.0.1:1"}), f"{several},192.0.2.1:1"):
         with pytest.raises(InvalidInputError, match="to read") as caught:
             Client(target, "127.0.0.1:1", config=ClientConfig(security=security))
         assert "hunter2" not in str(caught.value)
-    for target in LOOPBACK:
+    for target in (*LOOPBACK, several):
         Client(target, target, config=ClientConfig(security=security)).close()
     for safe in (
         ChannelSecurity(token_file=path, insecure=True),

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from encoder_service.model.network import HashNet
 from encoder_service.preprocess import Preprocessing
 from encoder_service.servicer import if_small
 from hashlens import codes
-from hashlens.errors import InvalidInputError
+from hashlens.errors import InvalidInputError, PreconditionError
 from hashlens.types import Classifier
 from tests.unit.encoder.conftest import make_checkpoint
 
@@ -271,10 +273,54 @@ def test_cuda_out_of_memory_splits_the_pass_once() -> None:
         sizes.append(len(inputs[0]))
         torch.empty(int(total * len(inputs[0]) / encoder.tile), dtype=torch.uint8, device="cuda")
 
-    hook = checkpoint.network.register_forward_pre_hook(greedy)
+    hook = encoder._network.register_forward_pre_hook(greedy)
     # Half of the device may be in use: the hook's request for half must still fit.
     torch.cuda.empty_cache()
     got = encoder.encode(IMAGES[: encoder.tile])
     hook.remove()
     assert sizes == [encoder.tile, encoder.tile // 2, encoder.tile // 2]
     np.testing.assert_allclose(got.features, want.features[: encoder.tile], atol=1e-3)
+
+
+# --- torch.compile ---
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="there is no C++ compiler"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # The compiler takes half a minute of CPU, which a busy machine may lack.
+@needs_compiler
+def test_compiled_is_close_and_no_company_changes_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    torch.manual_seed(0)
+    network = HashNet("alexnet", 12, 3).eval()
+    checkpoint = Checkpoint(network, Preprocessing(resize=64, crop=64), ("a", "b", "c"))
+    images = np.random.default_rng(2).standard_normal((9, 3, 64, 64)).astype(np.float32)
+    want = Encoder(checkpoint, "cpu").encode(images)
+    encoder = Encoder(checkpoint, "cpu", compile=True)
+    encoder.warm_up()
+    assert encoder.sizes == (encoder.tile,)
+    crowd = encoder.encode(images)
+    np.testing.assert_allclose(crowd.features, want.features, atol=1e-4)
+    np.testing.assert_allclose(crowd.activations, want.activations, atol=1e-4)
+    for row in range(len(images)):
+        alone = encoder.encode(images[row : row + 1])
+        np.testing.assert_array_equal(alone.features[0], crowd.features[row])
+
+
+def test_compiling_that_fails_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object, **options: object) -> object:
+        def call(images: torch.Tensor) -> None:
+            raise RuntimeError("no compiler found")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", fails)
+    encoder = Encoder(make_checkpoint(), "cpu", compile=True)
+    with pytest.raises(PreconditionError, match="leave compile off"):
+        encoder.warm_up()

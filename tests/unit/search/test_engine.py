@@ -17,7 +17,7 @@ from hashlens.errors import (
     PreconditionError,
 )
 from hashlens.types import Embedding, Rank, SearchOptions
-from search_service import coarse, fine, scan
+from search_service import coarse, fine, narrow, scan
 from search_service.cancel import Cancel
 from search_service.engine import Engine, embedding_of, is_tiny
 from search_service.index_keeper import IndexKeeper
@@ -308,7 +308,10 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, n_bits: int) -> 
     whole = answers()
     monkeypatch.setattr(coarse, "_SERIAL_BYTES", 0)
     monkeypatch.setattr(scan, "_SCAN_ROWS", 64)
-    monkeypatch.setattr(fine, "_BLOCK_ROWS", 7)
+    monkeypatch.setattr(scan, "_GATHERED_ROWS", 7)
+    monkeypatch.setattr(narrow, "BLOCK_ROWS", 7)
+    monkeypatch.setattr(narrow, "_CHOSEN_ROWS", 5)
+    monkeypatch.setattr(fine, "_BLOCK_BYTES", 100)
     assert answers() == whole
 
 

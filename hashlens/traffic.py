@@ -1,4 +1,4 @@
-"""The load generator of `hashlens bench serve`; it runs in a process of its own.
+"""The load generator of `hashlens bench serve` and `encode`; it runs in a process of its own.
 
 Requests go out as bytes made before, and replies are not parsed: what the client spends is a call
 of gRPC's and no more.
@@ -57,6 +57,8 @@ class Loaded:
     n_failed: int
     n_sent: int
     """All calls, those of the warm-up and the failed ones too."""
+    cpu_s: float = 0.0
+    """CPU time that sending and receiving them took this process, in seconds."""
 
     def percentile_ms(self, percent: float) -> float:
         """Return a latency that `percent` of the calls did not exceed."""
@@ -67,7 +69,9 @@ class Loaded:
 
 def run(load: Load) -> Loaded:
     """Apply a load and measure."""
-    return asyncio.run(_run(load))
+    before_s = time.process_time()
+    loaded = asyncio.run(_run(load))
+    return replace(loaded, cpu_s=time.process_time() - before_s)
 
 
 async def _run(load: Load) -> Loaded:

@@ -1,3 +1,5 @@
+"""Settings of all tests."""
+
 from __future__ import annotations
 
 from hypothesis import settings

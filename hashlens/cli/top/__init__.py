@@ -1,0 +1,1 @@
+"""`hashlens top`: what both services do at this moment."""

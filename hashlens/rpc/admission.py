@@ -1,0 +1,317 @@
+"""Admission: so many calls of a method at a time, so many bytes of requests; what is too much is
+refused at once, before its request is read.
+
+A place is taken when a call arrives and given back when its task ends, however it ends: answered,
+failed, aborted, cancelled by its caller, or never begun because its request did not come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Final, cast
+
+import grpc
+
+from hashlens.errors import DeadlineError, HashlensError, OverloadedError
+from hashlens.rpc import status
+from hashlens.rpc.decoding import parsed
+from hashlens.rpc.intake import Intake
+from hashlens.rpc.refusal import Handler, refusing
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_RETRY_S: Final = (0.05, 10.0)
+"""Soonest and latest that a refused caller is told to come back."""
+
+_SWEEP_S: Final = 1.0
+"""Between two looks at calls that nothing else would end."""
+
+_OVERTIME_S: Final = 2.0
+"""Beyond its deadline, for a handler that ends by itself to do so."""
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """One method: its limit and what has become of its calls."""
+
+    method: str
+    """Full path."""
+    max_in_flight: int
+    in_flight: int = 0
+    """Calls that have been admitted and are not over."""
+    n_admitted: int = 0
+    n_refused: int = 0
+    """Calls that met a full house."""
+    n_expired: int = 0
+    """Calls whose deadline had passed when their request was there."""
+    n_cut: int = 0
+    """Calls that were ended because their caller did not send, or did not read."""
+    mean_s: float = 0.05
+    """How long a call takes, a moving average."""
+
+    chance: random.Random = field(default_factory=random.Random, repr=False)
+
+    def retry_after_s(self) -> float:
+        """Return when to come back: about when the calls of now are done, not all at once."""
+        soonest_s, latest_s = _RETRY_S
+        mean_s = self.mean_s * self.chance.uniform(0.5, 1.5)
+        return round(min(max(mean_s, soonest_s), latest_s), 3)
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """A call that has been admitted."""
+
+    lane: Lane
+    task: asyncio.Task[Any]
+    began_s: float
+    ends_s: float
+    """When it is ended whatever it does; on the clock of `time.monotonic`."""
+    context: Context | None = None
+
+
+@dataclass(eq=False)
+class Admission:
+    """Who is let in.
+
+    Parameters
+    ----------
+    limits
+        Calls of each method at a time, by full path. Other methods are always let in: health.
+    intake
+        How many bytes of requests.
+    request_s
+        Longest for a request to arrive, in seconds.
+    default_deadline_s
+        Time of a call whose client sets none.
+    """
+
+    limits: Mapping[str, int]
+    intake: Intake
+    request_s: float
+    default_deadline_s: float
+    lanes: dict[str, Lane] = field(init=False)
+    """By full path."""
+    _calls: set[_Call] = field(init=False, default_factory=set)
+    _cutting: set[asyncio.Task[None]] = field(init=False, default_factory=set)
+    _is_sweeping: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        self.lanes = {method: Lane(method, limit) for method, limit in self.limits.items()}
+
+    def admit(self, lane: Lane) -> _Call:
+        """Take a place for the running task, until it ends."""
+        task = asyncio.current_task()
+        assert task is not None
+        began_s = time.monotonic()
+        call = _Call(lane, task, began_s, began_s + self.request_s + _OVERTIME_S)
+        lane.in_flight += 1
+        lane.n_admitted += 1
+        self._calls.add(call)
+        task.add_done_callback(lambda _: self._over(call))
+        if not self._is_sweeping:
+            self._is_sweeping = True
+            asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
+        return call
+
+    def begin(self, call: _Call, context: Context) -> None:
+        """Note that a call's request is there.
+
+        Raises
+        ------
+        DeadlineError
+            Too late for anybody.
+        """
+        call.context = context
+        # None, whatever the stubs say, when the client set no deadline.
+        left_s = cast(float | None, context.time_remaining())
+        if left_s is not None and left_s <= 0:
+            call.lane.n_expired += 1
+            raise DeadlineError("the deadline passed before the call was begun")
+        left_s = self.default_deadline_s if left_s is None else left_s
+        call.ends_s = time.monotonic() + left_s + _OVERTIME_S
+
+    def begin_stream(self, call: _Call, context: Context) -> None:
+        """Note that a call is one of many requests, which says itself when it has waited enough."""
+        call.context = context
+        call.ends_s = float("inf")
+
+    def _over(self, call: _Call) -> None:
+        self._calls.discard(call)
+        lane = call.lane
+        lane.in_flight -= 1
+        lane.mean_s += (time.monotonic() - call.began_s - lane.mean_s) / 16
+
+    def _sweep(self) -> None:
+        """End the calls that have outlived their time: whose caller takes no reply, say."""
+        now_s = time.monotonic()
+        for call in [call for call in self._calls if call.ends_s <= now_s]:
+            call.ends_s = float("inf")
+            call.lane.n_cut += 1
+            if call.context is None:
+                call.task.cancel()
+            else:
+                cutting = asyncio.create_task(_cut(call.context, call.task))
+                self._cutting.add(cutting)
+                cutting.add_done_callback(self._cutting.discard)
+        self._is_sweeping = bool(self._calls)
+        if self._is_sweeping:
+            asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
+
+
+async def _cut(context: Context, task: asyncio.Task[Any]) -> None:
+    """End a call from outside: its caller is told, should it ever read again."""
+    error = DeadlineError("the call was over time, and its caller did not read: allow it more")
+    told = asyncio.ensure_future(status.abort(context, error))
+    await asyncio.wait([told], timeout=_OVERTIME_S)
+    task.cancel()
+    with suppress(asyncio.CancelledError, Exception):
+        told.cancel()
+        await told
+
+
+class AdmissionInterceptor(grpc.aio.ServerInterceptor):
+    """Refuses calls of methods that have as many in the works as they may.
+
+    Parameters
+    ----------
+    admission
+        Who is let in.
+    """
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self._refusals = {
+            method: refusing(lambda lane=lane: _full(lane))  # type: ignore[misc]
+            for method, lane in admission.lanes.items()
+        }
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """Let a call in, or refuse it."""
+        admission = self._admission
+        method = handler_call_details.method
+        lane = admission.lanes.get(method)
+        if lane is None:
+            return await continuation(handler_call_details)
+        if lane.in_flight >= lane.max_in_flight:
+            lane.n_refused += 1
+            return self._refusals[method]
+        call = admission.admit(lane)
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        if handler.request_streaming:
+            return _streaming(admission, call, handler)
+        place = admission.intake.place()
+        if place is None:
+            place = await admission.intake.waited_place()
+        if place is None:
+            lane.n_refused += 1
+            return self._refusals[method]
+        call.task.add_done_callback(lambda _: place.leave())
+        one = _One(admission, call, handler, place.filled)
+        # gRPC reads the request of a plain handler by itself, and nobody can stop it. The other
+        # kind costs a fifth more, so it is for when places become few.
+        return one.watched(place.cut_s) if place.is_scarce else one.plain()
+
+
+def _full(lane: Lane) -> HashlensError:
+    return OverloadedError(
+        f"{lane.max_in_flight} calls of {lane.method.rpartition('/')[2]} are in the works, or too "
+        "many bytes of requests: come back later, or ask another replica",
+        retry_after_s=lane.retry_after_s(),
+    )
+
+
+def _streaming(admission: Admission, call: _Call, handler: Any) -> Handler:
+    """Return a handler of many requests that is known to have begun."""
+
+    async def stream(requests: Any, context: Context) -> AsyncIterator[Any]:
+        admission.begin_stream(call, context)
+        async for reply in handler.stream_stream(requests, context):
+            yield reply
+
+    return grpc.stream_stream_rpc_method_handler(
+        stream, handler.request_deserializer, handler.response_serializer
+    )
+
+
+@dataclass(slots=True, eq=False)
+class _One:
+    """A handler of one request."""
+
+    admission: Admission
+    call: _Call
+    handler: Any
+    """The stubs know handlers of the other kind of server only."""
+    filled: Callable[[int], None]
+    """Told how long the request is."""
+
+    def plain(self) -> Handler:
+        """Return a handler of the same kind. It parses by itself, so it may do without."""
+        serialize = self.handler.response_serializer
+        if self.handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(self._replies, None, serialize)
+        return grpc.unary_unary_rpc_method_handler(self._reply, None, serialize)
+
+    def watched(self, cut_s: Callable[[], float]) -> Handler:
+        """Return a handler that gives up on a request which does not come.
+
+        Parameters
+        ----------
+        cut_s
+            How much longer to wait, asked for again and again.
+        """
+
+        async def stream(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+            data = await self._read(context, cut_s)
+            if self.handler.response_streaming:
+                async for reply in self._replies(data, context):
+                    yield reply
+            else:
+                yield await self._reply(data, context)
+
+        serialize = self.handler.response_serializer
+        return grpc.stream_stream_rpc_method_handler(stream, None, serialize)
+
+    async def _read(self, context: Context, cut_s: Callable[[], float]) -> bytes:
+        reading = asyncio.ensure_future(context.read())
+        try:
+            while (left_s := cut_s()) > 0:
+                done, _ = await asyncio.wait([reading], timeout=min(left_s, 0.25))
+                if done:
+                    data = reading.result()
+                    if data is grpc.aio.EOF:
+                        raise DeadlineError("the call ended before its request was there")
+                    return cast(bytes, data)
+            self.call.lane.n_cut += 1
+            raise OverloadedError(
+                "the request came too slowly, and others wait to send theirs: send it again",
+                retry_after_s=self.call.lane.retry_after_s(),
+            )
+        finally:
+            reading.cancel()
+
+    async def _reply(self, data: bytes, context: Context) -> Any:
+        self.filled(len(data))
+        self.admission.begin(self.call, context)
+        request = parsed(self.handler.request_deserializer, data)
+        del data
+        return await self.handler.unary_unary(request, context)
+
+    async def _replies(self, data: bytes, context: Context) -> AsyncIterator[Any]:
+        self.filled(len(data))
+        self.admission.begin(self.call, context)
+        request = parsed(self.handler.request_deserializer, data)
+        del data
+        async for reply in self.handler.unary_stream(request, context):
+            yield reply
