@@ -61,7 +61,10 @@ _STYLES = {"encoder": "cyan", "search": "magenta"}
     help="The encoder's model; without it the bundled one.",
 )
 @click.option(
-    "--redis-url", metavar="URL", help="A store of your own; without it an embedded one in --data."
+    "--redis-url",
+    metavar="URL",
+    help="A store of your own; without it an embedded one in --data. A URL with a password belongs "
+    "into HASHLENS_SEARCH_REDIS_URL: `ps` shows this one.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @secured

@@ -22,6 +22,10 @@ from search_service.storage.connection import connect
         (["--log-level", "loud"], "loud"),
         (["--max-message-bytes", "0"], "above 0"),
         (["--grace-s", "-1"], "0 or more"),
+        (["--listen", "0.0.0.0:1"], "say --insecure"),
+        (["--listen", "search.example:1"], "Give --tls-cert and --tls-key"),
+        (["--tls-cert", "tls.crt"], "go together"),
+        (["--tls-client-ca", "ca.crt"], "needs tls_cert"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -31,6 +35,13 @@ def test_a_bad_option_is_one_line(arguments: list[str], words: str) -> None:
         assert result.exit_code == 2
         assert words in result.output
         assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("value", ["abc", "g" * 64, "a" * 63, "sha256:" + "a" * 64])
+def test_a_checkpoint_is_pinned_by_64_hex_digits(value: str) -> None:
+    result = CliRunner().invoke(encoder_main, ["--checkpoint-sha256", value])
+    assert result.exit_code == 2
+    assert "64 hex digits" in result.output
 
 
 def test_a_bad_redis_url_is_not_repeated() -> None:

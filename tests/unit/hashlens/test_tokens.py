@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,19 @@ def test_every_method_has_a_scope_and_no_other_has_one() -> None:
     }
     assert listed == {path_of(method) for method in METHODS}
     assert all(scope_of(path_of(method)) is not None for method in METHODS)
+
+
+def test_the_documents_say_which_scope_a_method_needs() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "operations.md").read_text()
+    documented = {
+        (scope, method)
+        for scope in Scope
+        for row in re.findall(rf"^\| `{scope.name.lower()}` \| (.*) \|$", text, re.MULTILINE)
+        for method in re.findall(r"`(\w+)`", row)
+    }
+    shared = {(s, m) for n, of in SCOPES.items() if "hashlens" in n for m, s in of.items()}
+    between_replicas = {(Scope.ADMIN, "ListFiles"), (Scope.ADMIN, "ReadFile")}
+    assert documented == shared - between_replicas
 
 
 def test_what_is_not_in_the_table_has_no_scope() -> None:
@@ -144,8 +159,6 @@ def test_a_client_has_one_token(content: bytes) -> None:
 
 
 def test_a_pipe_is_no_file_that_can_be_read_again(tmp_path: Path) -> None:
-    import os
-
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InvalidInputError, match="no regular file"):
         Tokens(tmp_path / "pipe")
