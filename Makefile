@@ -8,11 +8,12 @@ PIP = $(BIN)/python -m pip install --disable-pip-version-check
 PACKAGE := -e '.[encoder,search,arrow,otel,train,bench,dev]' -c constraints.txt
 CLAIM ?=
 FAULTS ?=
+FUZZ ?=
 SOAK ?=
 SOURCES := hashlens encoder_service search_service protos tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo claim test faults soak check format proto clean
+.PHONY: help setup demo claim test faults fuzz soak check format proto clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +48,10 @@ faults: $(STAMP) ## Crash the store at every named place, hundreds of times (FAU
 
 soak: $(STAMP) ## Mixed traffic for 20 minutes: does anything drift? (SOAK='--minutes N')
 	$(BIN)/python -m tests.soak.run $(SOAK)
+
+fuzz: $(STAMP) ## Spoiled images and noise on both ports, for a quarter of an hour (FUZZ='--seed N')
+	$(BIN)/python -m tests.fuzz.images $(FUZZ)
+	$(BIN)/python -m tests.fuzz.wire $(FUZZ)
 
 check: $(STAMP) ## Format, lint, types, import contracts, protos, generated code
 	$(BIN)/ruff format --check $(SOURCES)

@@ -209,7 +209,7 @@ def used_up(both: Both) -> None:
     with both.redis.client() as client:
         client.config_set("maxmemory", "1mb")
         try:
-            items = [item(f"{i}", bytes(100_000)) for i in range(20)]
+            items = [item(f"{i}", bytes(60_000)) for i in range(20)]
             both.as_admin(both.search.Upsert, spb.UpsertRequest(collection="table", items=items))
         finally:
             client.config_set("maxmemory", "0")
