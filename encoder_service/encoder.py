@@ -65,6 +65,8 @@ class Encoder:
     on how many others it comes with, nor on its place among them. It may differ in the last digits
     between kinds of CPU, between CPU and CUDA, and between thread counts. See docs/adr/0010.
 
+    Make encoders before others encode: torch's tracing, which this does, is for one thread.
+
     Parameters
     ----------
     checkpoint
@@ -191,7 +193,7 @@ class Encoder:
         return self._n_threads
 
     def encode(self, batch: NDArray[np.float32] | Sequence[NDArray[np.float32]]) -> EncodedBatch:
-        """Encode images. One thread at a time, and the same one: it has the OpenMP threads.
+        """Encode images. One thread at a time.
 
         Parameters
         ----------

@@ -46,6 +46,8 @@ def served(network: HashNet, n_rows: int) -> HashNet:
 def fused(module: nn.Module) -> nn.Module:
     """Return a module whose convolutions do what the batch normalisation after them did.
 
+    While this works, no other thread may call a module: torch's tracing replaces the call itself.
+
     Parameters
     ----------
     module

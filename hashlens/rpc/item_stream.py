@@ -12,6 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import grpc
 
 from hashlens.errors import DeadlineError, UnavailableError
+from hashlens.rpc import status
 from hashlens.rpc.deadline import deadline_s
 from hashlens.rpc.server_config import ServerConfig
 
@@ -27,6 +28,9 @@ Q = TypeVar("Q", bound=Sized)
 R = TypeVar("R")
 
 _NEVER = float("inf")
+
+_TOLD_S = 1.0
+"""Given to the status of a call that is cut, to be on its way before the call's task is ended."""
 
 _GO_ON = "open another and go on with the first item that has no answer"
 
@@ -80,6 +84,7 @@ class ItemStream(Generic[Q, R]):
         stopping: asyncio.Event,
     ) -> None:
         self._begin = begin
+        self._context = context
         self._limits = limits
         self._stopping = stopping
         self._item_s = config.default_deadline_s
@@ -88,6 +93,7 @@ class ItemStream(Generic[Q, R]):
         left_s = deadline_s(context, config) if has_end else _NEVER
         self._ends_s = time.monotonic() + left_s
         self._reader: asyncio.Task[None] | None = None
+        self._cutting: asyncio.Future[None] | None = None
         self._window: deque[_Taken[R]] = deque()
         self._held_bytes = 0
         self._arrived = asyncio.Event()
@@ -117,8 +123,7 @@ class ItemStream(Generic[Q, R]):
         try:
             while await self._next_is_there(reader):
                 answer = self._window[0].answer.result()
-                # Nobody else ends a call whose caller does not read.
-                not_read = loop.call_later(self._limits.idle_s, me.cancel)
+                not_read = loop.call_later(self._limits.idle_s, self._cut, me)
                 try:
                     yield answer
                 finally:
@@ -180,6 +185,15 @@ class ItemStream(Generic[Q, R]):
             while len(self._window) >= limits.window or self._held_bytes >= limits.window_bytes:
                 self._has_room.clear()
                 await self._has_room.wait()
+
+    def _cut(self, task: asyncio.Task[Any]) -> None:
+        """End the call from outside: its own task waits until the caller reads."""
+        error = UnavailableError(
+            f"no answer was read for {self._limits.idle_s:g} s: read them as they come, or {_GO_ON}"
+        )
+        self._cutting = asyncio.ensure_future(status.abort(self._context, error))
+        self._cutting.add_done_callback(lambda done: done.cancelled() or done.exception())
+        task.get_loop().call_later(_TOLD_S, task.cancel)
 
     def _over(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         self._drop()

@@ -40,6 +40,8 @@ def channel_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[st
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.service_config", json.dumps(service_config)),
         ("grpc.enable_retries", 1),
+        # A server that was started anew is found again soon, however long it was away.
+        ("grpc.max_reconnect_backoff_ms", 5000),
     ]
 
 

@@ -9,6 +9,7 @@ drifted or failed.
 from __future__ import annotations
 
 import json
+import secrets
 import select
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from tests.soak import report, verdict
 from tests.soak.samples import Sampler
 from tests.soak.traffic import SETUP_S, Plan
 from tests.soak.verdict import Call
+from tests.support.certificates import Authority, Mount
 from tests.support.redis_server import RedisServer, server_binaries
 from tests.support.services import ServiceProcess
 
@@ -41,15 +43,33 @@ class Cluster:
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self._redis = stack.enter_context(RedisServer(server_binaries()[0]))
+        self._authority = Authority(folder)
+        self._served = Mount(folder / "served", self._authority.pair("served"))
+        self.security = self._authority.security(token_file=folder / "token", tls_name="localhost")
+        secret = secrets.token_hex(32)
+        (folder / "token").write_text(secret)
+        (folder / "tokens").write_text(f"admin {secret} soak\n")
+        secured = [
+            *("--tls-cert", str(self._served.pair.cert), "--tls-key", str(self._served.pair.key)),
+            *("--tokens", str(folder / "tokens")),
+        ]
         self._encoder = stack.enter_context(
-            ServiceProcess("encoder_service", log=folder / "encoder.log")
+            ServiceProcess("encoder_service", *secured, log=folder / "encoder.log")
         )
+        shown = [
+            *("--encoder-tls-ca", str(self._authority.ca), "--encoder-tls-name", "localhost"),
+            *("--peer-tls-ca", str(self._authority.ca), "--peer-tls-name", "localhost"),
+            *("--encoder-token-file", str(folder / "token")),
+            *("--peer-token-file", str(folder / "token")),
+        ]
         self._replicas: list[ServiceProcess] = []
         for number, port in enumerate(_free_ports(N_REPLICAS)):
             self._replicas.append(
                 stack.enter_context(
                     ServiceProcess(
                         "search_service",
+                        *secured,
+                        *shown,
                         *("--listen", f"127.0.0.1:{port}"),
                         *("--data-dir", str(folder / f"replica-{number}")),
                         *("--redis-url", self._redis.url, "--encoder", self._encoder.target),
@@ -84,6 +104,7 @@ class Cluster:
 
     def renew(self) -> None:
         """Put another certificate in the place of the old one."""
+        self._served.swap(self._authority.pair("renewed"))
 
 
 def _free_ports(n: int) -> list[int]:
@@ -147,9 +168,9 @@ def soak(minutes: float, rate: float, seed: int, output: Path) -> list[str]:
         plan = Plan(
             search=cluster.search,
             encoder=cluster.encoder,
-            tls_ca="",
-            server_name="",
-            token_file="",
+            tls_ca=str(cluster.security.tls_ca),
+            tls_name=cluster.security.tls_name,
+            token_file=str(cluster.security.token_file),
             seconds=seconds,
             rate=rate,
             seed=seed,

@@ -21,7 +21,7 @@ from typing import TextIO
 import numpy as np
 from PIL import Image
 
-from hashlens import AsyncClient, Item
+from hashlens import AsyncClient, ChannelSecurity, Item
 from hashlens.cli.demo_data import load_demo_images
 from hashlens.client.wire import ClientConfig
 from hashlens.errors import HashlensError
@@ -44,7 +44,7 @@ class Plan:
     search: str
     encoder: str
     tls_ca: str
-    server_name: str
+    tls_name: str
     token_file: str
     seconds: float
     rate: float
@@ -204,6 +204,23 @@ class Traffic:
             n += len(part.hits)
         assert n
 
+    async def encode_stream(self) -> None:
+        n = 0
+        async for encoded in self._client.encode_stream(self._picture() for _ in range(12)):
+            if isinstance(encoded, HashlensError):
+                raise encoded
+            n += 1
+        assert n == 12
+
+    async def upsert_stream(self) -> None:
+        items = (Item(id=self._id(), embedding=self._embedding()) for _ in range(24))
+        n = 0
+        async for written in self._client.upsert_stream(NAME, items):
+            if isinstance(written, HashlensError):
+                raise written
+            n += 1
+        assert n == 24
+
     async def collection(self) -> None:
         await self._client.collection(NAME)
 
@@ -219,6 +236,8 @@ OPERATIONS: dict[str, tuple[float, Callable[[Traffic], Awaitable[None]]]] = {
     "Upsert of 4 images": (1, Traffic.upsert_images),
     "Delete of 8": (0.5, Traffic.delete),
     "GetItems": (2, Traffic.get_items),
+    "EncodeStream of 12": (0.3, Traffic.encode_stream),
+    "UpsertStream of 24": (0.5, Traffic.upsert_stream),
     "StreamBall": (0.5, Traffic.stream_ball),
     "GetCollection": (1, Traffic.collection),
 }
@@ -233,7 +252,10 @@ def _jpeg(image: np.ndarray) -> bytes:
 
 @asynccontextmanager
 async def _connected(plan: Plan) -> AsyncIterator[AsyncClient]:
-    config = ClientConfig(deadline_s=plan.deadline_s)
+    security = ChannelSecurity(
+        tls_ca=Path(plan.tls_ca), tls_name=plan.tls_name, token_file=Path(plan.token_file)
+    )
+    config = ClientConfig(deadline_s=plan.deadline_s, security=security)
     async with AsyncClient(plan.search, plan.encoder, config=config) as client:
         yield client
 
