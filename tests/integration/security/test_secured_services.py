@@ -27,6 +27,7 @@ from hashlens.errors import (
 )
 from hashlens.rpc.channel import connect
 from hashlens.rpc.limits import MAX_MESSAGE_BYTES
+from hashlens.types import Encoded
 from tests.integration.security.redis_guard import PASSWORD, GuardedRedis
 from tests.support.certificates import Authority, Pair
 from tests.support.redis_server import server_binaries
@@ -159,6 +160,8 @@ def test_pictures_go_in_and_are_found(secured: Secured, images: list[bytes]) -> 
         client.create_collection("photos", expected_rows=1000)
         items = [Item(id=f"{i}", image=image) for i, image in enumerate(images[:20])]
         assert client.upsert("photos", items).n_written == 20
+        assert all(isinstance(result, Encoded) for result in client.encode_stream(images[:9]))
+        assert all(isinstance(result, int) for result in client.upsert_stream("photos", items))
         with pytest.raises(PermissionDeniedError, match="scope admin"):
             client.drop_collection("photos")
     with secured.connect("read") as client:
@@ -172,6 +175,8 @@ def test_pictures_go_in_and_are_found(secured: Secured, images: list[bytes]) -> 
                 client.collections()
             with pytest.raises(UnauthenticatedError):
                 client.model()
+            with pytest.raises(UnauthenticatedError):
+                list(client.upsert_stream("photos", items))
             assert all(state.serving for state in client.health())
 
 
