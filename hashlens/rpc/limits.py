@@ -18,7 +18,8 @@ def channel_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[st
     """Return the options of every channel that Hashlens opens.
 
     Calls are retried by gRPC itself, within their deadline, and only when the server was
-    unavailable: each of our calls may be repeated (writes carry a request id).
+    unavailable, or cancelled the call itself: that is what gRPC does to calls that reach a server
+    just when it stops. Each of our calls may be repeated (writes carry a request id).
     """
     service_config = {
         "loadBalancingConfig": [{"round_robin": {}}],
@@ -30,7 +31,7 @@ def channel_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[st
                     "initialBackoff": "0.1s",
                     "maxBackoff": "1s",
                     "backoffMultiplier": 2,
-                    "retryableStatusCodes": ["UNAVAILABLE"],
+                    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
                 },
             }
         ],
