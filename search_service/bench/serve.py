@@ -47,6 +47,7 @@ from search_service.bench.command import BenchConfig, check_outputs, publish
 from search_service.bench.data import CodeSet, Kind, make_codes, make_features
 from search_service.bench.host import ECHO
 from search_service.bench.report import Measured, Report, WrongAnswerError
+from search_service.bench.service import cpu_s
 from search_service.bench.traffic import Load, Loaded
 
 _SEARCH = "/hashlens.v1.SearchService/Search"
@@ -271,9 +272,9 @@ def _applied(
 ) -> tuple[Loaded, float]:
     """Apply a load; return what came of it, and the server's CPU time for a call, in us."""
     assert server.address is not None
-    before_s = _cpu_s(server.pid)
+    before_s = cpu_s(server.pid)
     loaded = pool.submit(traffic.run, wanted.to(server.address)).result()
-    spent_s = _cpu_s(server.pid) - before_s
+    spent_s = cpu_s(server.pid) - before_s
     if loaded.n_failed:
         raise WrongAnswerError(f"{loaded.n_failed} calls of {wanted.method} failed")
     if not loaded.latencies_ms:
@@ -281,15 +282,6 @@ def _applied(
             f"no call came back within {wanted.seconds:g} s: measure for longer, or ask less often"
         )
     return loaded, spent_s / loaded.n_sent * 1e6
-
-
-def _cpu_s(pid: int) -> float:
-    """Return the CPU time that a process has taken, in seconds; NaN where that is not known."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
-    except OSError:
-        return float("nan")
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _forms(config: ServeConfig, queries: Sequence[Embedding]) -> list[_Form]:

@@ -112,3 +112,12 @@ def read_mb(pid: int) -> float:
 def redis_pid(data_dir: Path) -> int:
     """Return the process id of the server that a search service runs on its data."""
     return int(json.loads((data_dir / "redis" / "server.json").read_bytes())["pid"])
+
+
+def cpu_s(pid: int) -> float:
+    """Return the CPU time that a process has taken, in seconds; NaN where that is not known."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
+    except OSError:
+        return float("nan")
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
