@@ -82,9 +82,9 @@ def overload(config: OverloadConfig) -> None:
     (open loop), and then at half of it. ``goodput_of_peak`` is the share of the peak that was
     answered in time meanwhile; refusals and answers are timed from when a call was due.
     ``recovery_s`` is when, after the rate fell, the last call was due that failed or took more than
-    four times the median of the end. ``cpu_ms`` is the CPU time of the service for an answer, with
-    all else that it did; ``goodput_of_peak_by_cpu`` compares it with that at the peak, and so tells what
-    refusing costs also where others take the processors away.
+    four times the median of the end. ``cpu_ms`` is the service's CPU time for an answer, with all
+    that it did besides; ``goodput_of_peak_by_cpu`` compares it with that at the peak: what refusing
+    costs, also where others take the processors away.
 
     The load generator is a process of its own on the same cores: what it takes, the service lacks.
     """
