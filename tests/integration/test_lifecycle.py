@@ -55,7 +55,10 @@ def embeddings(n: int, seed: int = 0) -> list[Embedding]:
 def fill(target: str, n: int = N) -> None:
     with Client(target, NOBODY) as client:
         client.create_collection(SPEC.name, spec=SPEC)
-        client.upsert(SPEC.name, (Item(f"{i:06}", one) for i, one in enumerate(embeddings(n))))
+        client.upsert(
+            SPEC.name,
+            (Item(f"{i:06}", one, payload=bytes(400)) for i, one in enumerate(embeddings(n))),
+        )
         client.collection(SPEC.name)
 
 
@@ -87,7 +90,7 @@ def ball(channel: grpc.Channel, timeout: float | None = 60) -> Iterator[spb.Stre
     query.embedding.model_id = "m"
     stub = spb_grpc.SearchServiceStub(channel)
     request = spb.StreamBallRequest(
-        collection=SPEC.name, query=query, radius_bits=64, with_code=True
+        collection=SPEC.name, query=query, radius_bits=64, with_payload=True
     )
     found: Iterator[spb.StreamBallResponse] = stub.StreamBall(request, timeout=timeout)
     return found
