@@ -24,7 +24,8 @@ def channel_options(
     is there.
 
     Calls are retried by gRPC itself, within their deadline, and only when the server was
-    unavailable: each of our calls may be repeated (writes carry a request id).
+    unavailable, or cancelled the call itself: that is what gRPC does to calls that reach a server
+    just when it stops. Each of our calls may be repeated (writes carry a request id).
     """
     service_config: dict[str, Any] = {
         "loadBalancingConfig": [{"round_robin": {}}],
@@ -36,7 +37,7 @@ def channel_options(
                     "initialBackoff": "0.1s",
                     "maxBackoff": "1s",
                     "backoffMultiplier": 2,
-                    "retryableStatusCodes": ["UNAVAILABLE"],
+                    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
                 },
             }
         ],
