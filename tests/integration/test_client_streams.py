@@ -222,7 +222,7 @@ def test_a_server_that_does_not_answer_is_not_waited_for_without_end(
 
 def test_a_stream_goes_on_when_its_connection_ends(client: Client, images: list[bytes]) -> None:
     """Servers end connections of a certain age, so that clients find new servers."""
-    n = 300
+    n = 150
 
     def slowly() -> Iterator[bytes]:
         for i in range(n):
