@@ -7,6 +7,10 @@ import sys
 
 import click
 
+# gRPC, which reads this when it is imported, would write to standard error by itself, also what a
+# stranger sent: as much as it likes, line breaks and all.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 from encoder_service.config import EncoderConfig
 from hashlens.config import options
 from hashlens.rpc import logs, server

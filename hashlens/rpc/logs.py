@@ -138,6 +138,8 @@ def set_up(log_format: LogFormat, level: str, burst: int = LOG_BURST) -> None:
     burst
         Most like warnings in ten seconds; 0: all.
     """
+    # It logs metadata that is no UTF-8, such as a token, and otherwise what we have handled.
+    logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(_BurstFilter(burst))
     handler.addFilter(_CallFilter())

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import grpc
 
-from hashlens.errors import HashlensError
+from hashlens.errors import HashlensError, InternalError
 from hashlens.rpc import health, method_limits
 from hashlens.rpc.admission import Admission, AdmissionInterceptor
 from hashlens.rpc.auth import access
@@ -113,6 +113,9 @@ async def serve(config: ServerConfig, service: Service) -> None:
             ("grpc.max_send_message_length", config.max_message_bytes),
             ("grpc.max_receive_message_length", config.max_message_bytes),
             ("grpc.so_reuseport", 0),
+            ("grpc.max_allowed_incoming_connections", config.max_connections),
+            ("grpc.server_handshake_timeout_ms", int(config.handshake_s * 1000)),
+            ("grpc.max_concurrent_streams", config.max_connection_streams),
             ("grpc.max_connection_age_ms", int(config.max_connection_age_s * 1000)),
             ("grpc.max_connection_age_grace_ms", int(config.grace_s * 1000)),
             ("grpc.enable_channelz", int(bool(config.admin_listen))),
@@ -149,7 +152,8 @@ async def serve(config: ServerConfig, service: Service) -> None:
                 sys.stdout.write(json.dumps(said) + "\n")
                 sys.stdout.flush()
                 logger.info("serving %s on %s", ", ".join(service.names), address)
-                await stop.wait()
+                if await _finished_first(_until_ended(server), stop):
+                    raise InternalError("gRPC has stopped to serve by itself")
             logger.info("stopping: calls in flight have %g s", config.grace_s)
         finally:
             end_within(config.grace_s + _LATECOMERS_S + config.flush_s)
@@ -181,6 +185,16 @@ async def _keep_looking(service: Service, checks: HealthServicer, gate: GateInte
         await asyncio.sleep(_LOOK_S)
 
 
+async def _until_ended(server: grpc.aio.Server) -> None:
+    """Wait for gRPC's own loop to end, which only a defect in it makes it do."""
+    try:
+        # With a time-out, because giving up the other wait would break `stop`.
+        while await server.wait_for_termination(_LOOK_S):
+            pass
+    except Exception as error:
+        raise InternalError(f"gRPC has stopped to serve by itself: {error!r}") from error
+
+
 async def _finished_first(work: Coroutine[Any, Any, None], stop: asyncio.Event) -> bool:
     """Run `work` unless `stop` comes first; tell whether it finished."""
     working = asyncio.create_task(work)
@@ -200,6 +214,9 @@ def run(config: ServerConfig, service: Service) -> int:
     """Run `serve` as a process's main function and return its exit status."""
     try:
         asyncio.run(serve(config, service))
+    except InternalError as error:
+        logger.critical("%s. The process ends, to be started again", error)
+        return 1
     except (HashlensError, OSError) as error:
         logger.error("cannot start: %s", error)
         return 1

@@ -32,6 +32,15 @@ class ServerConfig:
         2**30, "Most bytes of requests that are being read or in the works."
     )
     max_request_s: float = setting(60.0, "Longest for a request to arrive, in seconds.")
+    max_connections: int = setting(
+        4_096, "Most connections at a time; one more is closed. Each is a file descriptor."
+    )
+    handshake_s: float = setting(
+        20.0, "Longest for a new connection to say what it speaks, in seconds."
+    )
+    max_connection_streams: int = setting(
+        1_000, "Most calls at a time of one connection; what is more waits at the client."
+    )
     max_connection_age_s: float = setting(
         300.0, "A connection is closed after this long, so that clients find new servers."
     )
@@ -113,7 +122,8 @@ class ServerConfig:
             raise InvalidInputError(f"log_level {self.log_level!r} is none of logging's")
         for name in (
             *("max_message_bytes", "default_deadline_s", "max_connection_age_s"),
-            *("max_request_s", "stuck_s", "stall_s"),
+            *("max_request_s", "stuck_s", "stall_s", "handshake_s"),
+            *("max_connections", "max_connection_streams"),
         ):
             if getattr(self, name) <= 0:
                 raise InvalidInputError(f"{name} is above 0", field=name)

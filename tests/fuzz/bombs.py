@@ -180,7 +180,7 @@ def _bmp_rle(width: int, height: int, body: bytes, *, bits: int) -> bytes:
 def ifd(
     entries: list[tuple[int, int, int, int]], total_bytes: int, order: str, next_ifd: int = 0
 ) -> bytes:
-    """Return a TIFF of one directory: (tag, type, count, value or offset), zeros up to its length."""
+    """Return a TIFF of one directory, entries (tag, type, count, value or offset), and zeros."""
     magic = b"II*\0" if order == "<" else b"MM\0*"
     head = magic + struct.pack(f"{order}IH", 8, len(entries))
     body = b"".join(struct.pack(f"{order}HHII", *entry) for entry in entries)
@@ -255,7 +255,9 @@ def webp_chunk(name: bytes, body: bytes) -> bytes:
 def _webp_canvas(width: int, height: int) -> bytes:
     """An animation of one tiny frame on a large canvas."""
     still = encoded(Image.new("RGB", (4, 4)), "WEBP", lossless=True)[12:]
-    canvas = struct.pack("<I", 2) + struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
+    canvas = (
+        struct.pack("<I", 2) + struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
+    )
     frame = bytes(6) + b"\3\0\0\3\0\0" + bytes(4)
     body = (
         webp_chunk(b"VP8X", canvas)
@@ -343,8 +345,12 @@ def bombs(*, size_bytes: int = FULL_BYTES, side: int = SIDE) -> Iterator[tuple[s
         "tiff group 4": lambda: encoded(Image.new("1", (side, side)), "TIFF", compression="group4"),
         "tiff jpeg": lambda: encoded(Image.new("RGB", (side, side)), "TIFF", compression="jpeg"),
         "tiff jpeg scans": lambda: _tiff_jpeg(_grey_jpeg_scans(side, 100), side),
-        "tiff jpeg small scans": lambda: _tiff_jpeg(_grey_jpeg_scans(side * 5 // 6, 100), side * 5 // 6),
-        "tiff jpeg arithmetic": lambda: _tiff_jpeg(_jpeg_arithmetic(side * 5 // 6, 90), side * 5 // 6),
+        "tiff jpeg small scans": lambda: _tiff_jpeg(
+            _grey_jpeg_scans(side * 5 // 6, 100), side * 5 // 6
+        ),
+        "tiff jpeg arithmetic": lambda: _tiff_jpeg(
+            _jpeg_arithmetic(side * 5 // 6, 90), side * 5 // 6
+        ),
         "webp canvas": lambda: _webp_canvas(side, side),
         "webp lossless": lambda: encoded(
             Image.new("RGBA", (side, side), (1, 2, 3, 4)), "WEBP", lossless=True, method=0

@@ -89,9 +89,7 @@ def _jpegs(picture: Image.Image) -> dict[str, bytes]:
         "jpeg optimised 444": encoded(picture, "JPEG", optimize=True, subsampling=0),
         "jpeg cmyk": encoded(cmyk, "JPEG"),
         # Pillow writes CMYK; the transform byte of the Adobe segment makes a reader see YCCK.
-        "jpeg ycck": encoded(cmyk, "JPEG").replace(
-            b"Adobe\0d\0\0\0\0\0", b"Adobe\0d\0\0\0\0\2"
-        ),
+        "jpeg ycck": encoded(cmyk, "JPEG").replace(b"Adobe\0d\0\0\0\0\0", b"Adobe\0d\0\0\0\0\2"),
         "jpeg no adobe": encoded(cmyk, "JPEG").replace(b"Adobe", b"adobe"),
         "jpeg and zip": plain + _zip(),
         "jpeg around zip": plain[:2] + jpeg_segment(0xFE, _zip()) + plain[2:],
@@ -111,7 +109,7 @@ def _pngs(picture: Image.Image) -> dict[str, bytes]:
     rgba = picture.copy()
     rgba.putalpha(picture.convert("L"))
     palette = picture.quantize(16)
-    grey16 = Image.fromarray((np.asarray(picture.convert("L")).astype(np.uint16) * 257))
+    grey16 = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
     rows = b"".join(b"\0" + bytes(range(48)) * 8 for _ in range(36))
     frames = [picture, picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
     plain = encoded(picture, "PNG")
@@ -194,5 +192,7 @@ def corpus() -> dict[str, bytes]:
     files["zeros"] = bytes(400)
     files["zip"] = _zip()
     files["html"] = b"<html><script>alert(1)</script></html>"
-    files["svg"] = b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>"
+    files["svg"] = (
+        b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>"
+    )
     return files

@@ -18,10 +18,11 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TypeVar
 
 import click
 import grpc
@@ -29,7 +30,7 @@ import grpc
 from encoder_service.decode import DecodeLimits, decode
 from encoder_service.preprocess import Preprocessing
 from hashlens import Client
-from hashlens.errors import HashlensError
+from hashlens.errors import HashlensError, OverloadedError
 from hashlens.v1 import encoder_service_pb2 as enc
 from hashlens.v1 import encoder_service_pb2_grpc as enc_grpc
 from tests.fuzz.bombs import bombs
@@ -39,6 +40,10 @@ from tests.fuzz.usage import Peak, Repeated, peak_rss_mb, reset_peak, usage
 from tests.support.services import ServiceProcess
 
 LIMITS = DecodeLimits()
+
+T = TypeVar("T")
+
+_PATIENCE_S = 30.0
 
 _BASE_CPU_S = 1.5
 _CPU_S_PER_PIXEL = 1.2e-7
@@ -223,9 +228,7 @@ def over_the_wire(
                     if code not in _TYPED:
                         outcome.failures.append(keep(folder, seed, spoiled, f"{code.name}: {why}"))
 
-    threads = [
-        threading.Thread(target=call, args=(cases[i::n_callers],)) for i in range(n_callers)
-    ]
+    threads = [threading.Thread(target=call, args=(cases[i::n_callers],)) for i in range(n_callers)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -255,7 +258,20 @@ def healthy_encoder(target: str) -> Iterator[None]:
         first = client.encode(picture).embedding.code
         while True:
             yield
-            assert client.encode(picture, deadline_s=60).embedding.code == first
+            encoded = patiently(lambda: client.encode(picture, deadline_s=_PATIENCE_S))
+            assert encoded.embedding.code == first
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """Make a call again when the server says so, as its callers are told to, for a while."""
+    ends_s = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return call()
+        except OverloadedError as error:
+            if time.monotonic() > ends_s:
+                raise
+            time.sleep(error.retry_after_s)
 
 
 def attack(target: str, pid: int, cases: range, seed: int, folder: Path) -> tuple[Outcome, Peak]:

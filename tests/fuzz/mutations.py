@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 import struct
@@ -59,7 +60,7 @@ def pieces(data: bytes) -> list[bytes]:
     else:
         borders += [len(data) * i // 16 for i in range(1, 16)]
     borders = sorted({*borders, len(data)})
-    return [data[a:b] for a, b in zip(borders, borders[1:], strict=False)]
+    return [data[a:b] for a, b in itertools.pairwise(borders)]
 
 
 def _truncate(data: bytes, rng: random.Random, _: Mapping[str, bytes]) -> bytes:

@@ -1,0 +1,234 @@
+"""Noise against both services: raw bytes, broken HTTP/2, and every method with odd requests.
+
+``python -m tests.fuzz.wire`` is what ``make fuzz`` runs; a short form is part of the tests. After
+each attack the process is alive, its descriptors are closed and its memory is bounded; during it a
+healthy caller gets the right answers; and no call was INTERNAL or UNKNOWN.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import click
+import grpc
+import numpy as np
+
+from hashlens import Client, CollectionSpec, Embedding, FeatureDtype, Item
+from tests.fuzz.images import healthy_encoder, patiently
+from tests.fuzz.messages import Method, methods, requests
+from tests.fuzz.noise import ATTACKS, Attack
+from tests.fuzz.usage import Peak, Repeated, settled_descriptors, usage
+from tests.support.services import ServiceProcess
+
+ENCODER = "hashlens.v1.EncoderService"
+SEARCH = "hashlens.v1.SearchService"
+REPLICA = "hashlens.v1.ReplicaService"
+
+_DEFECTS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DATA_LOSS)
+
+_GROWTH_MB = 400.0
+"""What one attack may cost at most: a few messages of the largest size."""
+
+_SLACK_DESCRIPTORS = 8
+"""Connections of the healthy caller, and files that a service opens by itself."""
+
+_CALL_S = 1.0
+
+
+@dataclass(frozen=True)
+class Victim:
+    """A service under attack."""
+
+    process: ServiceProcess
+    services: tuple[str, ...]
+    attacked: str
+    """Path of the method that raw bytes go to."""
+    healthy: Callable[[], None]
+    """Makes a call and compares its answer; raises if that is wrong."""
+    log: Path
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        return self.process.process.pid
+
+
+def start(stack: ExitStack, folder: Path, *arguments: str) -> tuple[Victim, Victim]:
+    """Start an encoder and a search service with a collection, and a healthy caller of each."""
+    logs = folder / "encoder.log", folder / "search.log"
+    encoder = stack.enter_context(ServiceProcess("encoder_service", *arguments, log=logs[0]))
+    data = stack.enter_context(TemporaryDirectory(prefix="hashlens-fuzz-"))
+    options = ("--data-dir", data, "--encoder", encoder.target, *arguments)
+    search = stack.enter_context(ServiceProcess("search_service", *options, log=logs[1]))
+    encodes, searches = healthy_encoder(encoder.target), _healthy_search(stack, search.target)
+    next(encodes)
+    next(searches)
+    return (
+        Victim(encoder, (ENCODER,), f"/{ENCODER}/Encode", lambda: next(encodes), logs[0]),
+        Victim(search, (SEARCH, REPLICA), f"/{SEARCH}/Search", lambda: next(searches), logs[1]),
+    )
+
+
+def _healthy_search(stack: ExitStack, target: str) -> Iterator[None]:
+    rng = np.random.default_rng(3)
+    features = rng.standard_normal((2_000, 256)).astype(np.float16)
+    codes = rng.integers(0, 256, (2_000, 6), dtype=np.uint8)
+    client = stack.enter_context(Client(target))
+    for name in ("healthy", "fuzz"):
+        spec = CollectionSpec(
+            name=name, model_id="a", n_bits=48, dim=256, feature_dtype=FeatureDtype.F16
+        )
+        client.create_collection(name, spec=spec)
+        items = [
+            Item(id=f"{i}", embedding=Embedding(bytes(code), 48, "a", feature))
+            for i, (code, feature) in enumerate(zip(codes, features, strict=True))
+        ]
+        client.upsert(name, items)
+    first = [hit.id for hit in client.search("healthy", id="7", k=20).hits]
+    assert first[0] == "7"
+    while True:
+        yield
+        answer = patiently(lambda: client.search("healthy", id="7", k=20, deadline_s=30))
+        assert [hit.id for hit in answer.hits] == first
+
+
+def call_all(
+    target: str, of: tuple[str, ...], seed: int, n: int, counts: Counter[str]
+) -> list[str]:
+    """Send requests to every method; return what is not OK or a typed refusal."""
+    failures = []
+    with grpc.insecure_channel(target, [("grpc.enable_retries", 0)]) as channel:
+        for method in [method for service in of for method in methods(service)]:
+            for i, data in enumerate(requests(method, seed, n)):
+                code, said = _called(channel, method, data)
+                counts[code.name] += 1
+                if code in _DEFECTS:
+                    failures.append(f"{method.path} {i} of seed {seed}: {code.name}: {said}")
+    return failures
+
+
+def _called(channel: grpc.Channel, method: Method, data: bytes) -> tuple[grpc.StatusCode, str]:
+    many, out = method.descriptor.client_streaming, method.descriptor.server_streaming
+    try:
+        if many:
+            for _ in channel.stream_stream(method.path)(iter([data, data]), timeout=_CALL_S):
+                pass
+        elif out:
+            for _ in channel.unary_stream(method.path)(data, timeout=_CALL_S):
+                pass
+        else:
+            channel.unary_unary(method.path)(data, timeout=_CALL_S)
+    except grpc.RpcError as error:
+        return error.code(), str(error.details())
+    return grpc.StatusCode.OK, ""
+
+
+def large_metadata(target: str, path: str, rng: random.Random, scale: float) -> None:
+    """Send metadata through a well-behaved client; what is too much is refused as such."""
+    with grpc.insecure_channel(target) as channel:
+        for size in (100, 9_000, 100_000, 2_000_000):
+            for key in ("x-many", "traceparent", "authorization", "x-request-id"):
+                call = channel.unary_unary(path).future(
+                    b"", metadata=((key, "v" * size),), timeout=10
+                )
+                assert call.code() not in _DEFECTS, (key, size, call.details())
+
+
+def balls_never_read(target: str, path: str, rng: random.Random, scale: float) -> None:
+    """Ask for whole collections, begin to read, and stop."""
+    if SEARCH not in path:
+        return
+    method = next(m for m in methods(SEARCH) if m.path.endswith("StreamBall"))
+    ball = method.request()
+    ball.collection, ball.radius_bits, ball.query.id = "healthy", 48, "7"  # type: ignore[attr-defined]
+    request = ball.SerializeToString()
+    with ExitStack() as stack:
+        calls = []
+        for _ in range(max(1, round(60 * scale))):
+            channel = stack.enter_context(grpc.insecure_channel(target))
+            call = channel.unary_stream(method.path)(request, timeout=4)
+            next(call)
+            calls.append(call)
+        time.sleep(5 * scale)
+        for call in calls:
+            call.cancel()
+
+
+OWN_ATTACKS: tuple[Attack, ...] = (large_metadata, balls_never_read)
+
+
+def endure(victim: Victim, attack: Attack, seed: int, scale: float) -> str:
+    """Make one attack and look after it; return a line about it, or raise AssertionError."""
+    name, before = attack.__name__, usage(victim.pid)
+    began_s = time.monotonic()
+    with Peak(victim.pid) as peak, Repeated(victim.healthy) as caller:
+        rng = random.Random(f"{seed}/{name}")
+        attack(victim.process.target, victim.attacked, rng, scale)
+    took_s = time.monotonic() - began_s
+    assert victim.process.process.poll() is None, f"{name} ended the process"
+    allowed = before.n_descriptors + _SLACK_DESCRIPTORS
+    left = settled_descriptors(victim.pid, allowed, within_s=20)
+    assert left <= allowed, f"{name}: {left} descriptors, {before.n_descriptors} before"
+    assert peak.grown_mb < _GROWTH_MB, f"{name}: {peak.grown_mb:.0f} MB"
+    victim.healthy()
+    return (
+        f"{name:20} {took_s:5.1f} s, +{peak.grown_mb:4.0f} MB, {left:3} descriptors, "
+        f"{caller.n:4} healthy calls, the slowest {caller.longest_s:.2f} s"
+    )
+
+
+def endure_requests(victim: Victim, seed: int, n: int) -> tuple[Counter[str], list[str], float]:
+    """Send requests to every method beside a healthy caller; return codes, defects, MB grown."""
+    counts: Counter[str] = Counter()
+    with Peak(victim.pid) as peak, Repeated(victim.healthy):
+        failures = call_all(victim.process.target, victim.services, seed, n, counts)
+    victim.healthy()
+    return counts, failures, peak.grown_mb
+
+
+def tracebacks(victim: Victim) -> str:
+    """Return what a service's log says of defects."""
+    text = victim.log.read_bytes().decode(errors="replace")
+    return text[text.index("Traceback") - 500 :][:3_000] if "Traceback" in text else ""
+
+
+@click.command()
+@click.option("--seed", default=1, show_default=True, help="Decides every attack.")
+@click.option("--requests", "n_requests", default=300, show_default=True, help="To each method.")
+@click.option("--scale", default=1.0, show_default=True, help="How much of each attack.")
+@click.option("--rounds", default=2, show_default=True, help="How often all attacks are made.")
+@click.option("--folder", type=Path, default=Path("build/fuzz"), show_default=True)
+def main(seed: int, n_requests: int, scale: float, rounds: int, folder: Path) -> None:
+    """Attack both services and see that they go on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.log"):
+        old.unlink()
+    failures: list[str] = []
+    with ExitStack() as stack:
+        for victim in start(stack, folder):
+            title = victim.process.target
+            print(f"{victim.services[0]} at {title}: {usage(victim.pid)}", flush=True)
+            for turn in range(rounds):
+                for attack in (*ATTACKS, *OWN_ATTACKS):
+                    print("  " + endure(victim, attack, seed + turn, scale), flush=True)
+                print(f"  after round {turn + 1}: {usage(victim.pid)}", flush=True)
+            counts, defects, grown_mb = endure_requests(victim, seed, n_requests)
+            print(f"  requests: {dict(sorted(counts.items()))}, +{grown_mb:.0f} MB", flush=True)
+            failures += defects
+            if told := tracebacks(victim):
+                failures.append(f"{victim.log}: {told}")
+    for line in failures:
+        print("FAILED", line)
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()
