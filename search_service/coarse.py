@@ -130,6 +130,7 @@ def find_pools(
     """
     if not wanted:
         return []
+    cancel.check()
     if snapshot.few is not None:
         few = snapshot.few
         pools_of_few = find_pools(few.codes, wanted, scratch=scratch, cancel=cancel)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import socket
 from pathlib import Path
 
 import click
@@ -144,10 +145,20 @@ Ctrl-C stops both. Nothing is lost.
 
 
 def _metrics_beside(listen: str) -> str:
-    """Return where a service's numbers are by default: ten ports above, or at any free one."""
+    """Return where a service's numbers are by default: ten ports above, else at any free one.
+
+    Nobody asked for them, so an address that is in use must not stop the start.
+    """
     port = listen.rpartition(":")[2]
     chosen = int(port) + _METRICS_ABOVE if port.isdecimal() and int(port) else 0
-    return f"127.0.0.1:{chosen if chosen < 65536 else 0}"
+    with socket.socket() as probe:
+        # As the server will: ports of connections that have just ended are free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", chosen))
+        except (OSError, OverflowError):
+            chosen = 0
+    return f"127.0.0.1:{chosen}"
 
 
 def _flags(services: Services) -> str:

@@ -13,6 +13,8 @@ from hashlens.client._async_items import AsyncItemCalls
 from hashlens.client._async_search import AsyncSearchCalls
 from hashlens.client.wire import ClientConfig
 from hashlens.errors import HashlensError
+from hashlens.rpc import limits
+from hashlens.rpc.channel import connect_aio
 from hashlens.rpc.status import error_of_call
 from hashlens.types import ServiceHealth
 
@@ -61,7 +63,10 @@ class AsyncClient(AsyncItemCalls, AsyncSearchCalls):
     async def health(self, *, deadline_s: float = 5.0) -> list[ServiceHealth]:
         """Return whether each service serves, and what it says of itself; never raises."""
         found = []
-        for target, channel in sorted(self._channels.items()):
+        # Also of one that does not serve.
+        options = limits.channel_options(only_serving=False)
+        for target in sorted(self._channels):
+            channel = connect_aio(target, options, self._config.security)
             check = health_pb2_grpc.HealthStub(channel).Check
             replies: list[health_pb2.HealthCheckResponse | None] = []
             trailing: Any = ()
@@ -81,4 +86,6 @@ class AsyncClient(AsyncItemCalls, AsyncSearchCalls):
                 found.append(ServiceHealth(target=target, serving=False, detail=error.message))
             else:
                 found.append(wire.health_of(target, replies, trailing))
+            finally:
+                await channel.close()
         return found

@@ -17,11 +17,14 @@ from typing import Any, Generic, TypeVar
 import grpc
 
 from hashlens.client.unanswered import Unanswered, no_answer
-from hashlens.errors import InternalError
+from hashlens.errors import HashlensError, InternalError, UnavailableError
 from hashlens.rpc.status import error_of_call
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+_ENDED_DURING_WRITE = "Internal error from Core"
+"""What gRPC says then; the server's status is lost."""
 
 
 class _Feed(Generic[T]):
@@ -103,6 +106,13 @@ async def _each(items: AsyncIterable[T] | Iterable[T]) -> AsyncIterator[T]:
             yield item
 
 
+def _error_of(failure: grpc.aio.AioRpcError) -> HashlensError:
+    """Return why a call ended; gRPC calls it INTERNAL, of its own, if it ended during a write."""
+    if failure.code() is grpc.StatusCode.INTERNAL and failure.details() == _ENDED_DURING_WRITE:
+        return UnavailableError("the call ended before all was sent")
+    return error_of_call(failure)
+
+
 class AsyncExchange(Generic[T, R]):
     """One stream; see `hashlens.client._sync_streams.Exchange`."""
 
@@ -143,7 +153,7 @@ class AsyncExchange(Generic[T, R]):
                         feed.answered(reply.tag)
                         yield self._read(reply)
                 except grpc.aio.AioRpcError as failure:
-                    await asyncio.sleep(self._unanswered.pause_s(error_of_call(failure)))
+                    await asyncio.sleep(self._unanswered.pause_s(_error_of(failure)))
                 else:
                     break
                 finally:

@@ -12,6 +12,8 @@ from hashlens.client._sync_items import ItemCalls
 from hashlens.client._sync_search import SearchCalls
 from hashlens.client.wire import ClientConfig
 from hashlens.errors import HashlensError, NotFoundError
+from hashlens.rpc import limits
+from hashlens.rpc.channel import connect
 from hashlens.types import ServiceHealth
 
 
@@ -59,7 +61,10 @@ class Client(ItemCalls, SearchCalls):
     def health(self, *, deadline_s: float = 5.0) -> list[ServiceHealth]:
         """Return whether each service serves, and what it says of itself; never raises."""
         found = []
-        for target, channel in sorted(self._channels.items()):
+        # Also of one that does not serve.
+        options = limits.channel_options(only_serving=False)
+        for target in sorted(self._channels):
+            channel = connect(target, options, self._config.security)
             check = health_pb2_grpc.HealthStub(channel).Check
             replies: list[health_pb2.HealthCheckResponse | None] = []
             trailing: Any = ()
@@ -79,4 +84,6 @@ class Client(ItemCalls, SearchCalls):
                 found.append(ServiceHealth(target=target, serving=False, detail=error.message))
             else:
                 found.append(wire.health_of(target, replies, trailing))
+            finally:
+                channel.close()
         return found

@@ -61,7 +61,8 @@ class _Feed(Generic[T]):
         return self._is_closed or self._n_calls != mine
 
     def _can_go_on(self) -> bool:
-        return self._open.has_unsent or self._open.is_complete or self._open.has_room
+        state = self._open
+        return state.has_unsent or state.is_sent or (state.has_room and not state.is_complete)
 
     def _take(self, mine: int) -> None:
         """Take one more item from the caller; a call that has ended may still be at it."""

@@ -48,13 +48,17 @@ class Unanswered:
 
     @property
     def has_unsent(self) -> bool:
-        """Whether the call of now lacks some of them."""
-        return self.n_sent < len(self._held)
+        """Whether the call of now is to get another one of them.
+
+        After a call that failed, the next gets one until it has answered: why it fails is hidden
+        where it ends while more is on its way.
+        """
+        return self.n_sent < (min(len(self._held), 1) if self._n_failed else len(self._held))
 
     @property
     def is_sent(self) -> bool:
         """Whether the call of now has all there will be."""
-        return self.is_complete and not self.has_unsent
+        return self.is_complete and self.n_sent == len(self._held)
 
     def add(self, request: Any) -> None:
         """Add one."""

@@ -64,7 +64,7 @@ class ClientConfig:
     """Most items that one Upsert of embeddings carries: a call costs as much as some hundred."""
     chunk_bytes: int = 8 * 2**20
     """About how many bytes one Upsert or EncodeBatch carries, but for one larger item."""
-    stream_items: int = 256
+    stream_items: int = 1024
     """Most items of a stream that are taken from the caller and not answered, of `chunk_bytes`."""
     security: ChannelSecurity = ChannelSecurity()
     """How the services are known, and what is shown to them."""

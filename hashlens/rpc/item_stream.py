@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -93,7 +94,7 @@ class ItemStream(Generic[Q, R]):
         left_s = deadline_s(context, config) if has_end else _NEVER
         self._ends_s = time.monotonic() + left_s
         self._reader: asyncio.Task[None] | None = None
-        self._cutting: asyncio.Future[None] | None = None
+        self._cutting: asyncio.Task[None] | None = None
         self._window: deque[_Taken[R]] = deque()
         self._held_bytes = 0
         self._arrived = asyncio.Event()
@@ -123,7 +124,7 @@ class ItemStream(Generic[Q, R]):
         try:
             while await self._next_is_there(reader):
                 answer = self._window[0].answer.result()
-                not_read = loop.call_later(self._limits.idle_s, self._cut, me)
+                not_read = loop.call_later(self._limits.idle_s, self._not_read, me)
                 try:
                     yield answer
                 finally:
@@ -186,14 +187,17 @@ class ItemStream(Generic[Q, R]):
                 self._has_room.clear()
                 await self._has_room.wait()
 
-    def _cut(self, task: asyncio.Task[Any]) -> None:
+    def _not_read(self, task: asyncio.Task[Any]) -> None:
+        self._cutting = asyncio.create_task(self._cut(task))
+
+    async def _cut(self, task: asyncio.Task[Any]) -> None:
         """End the call from outside: its own task waits until the caller reads."""
         error = UnavailableError(
             f"no answer was read for {self._limits.idle_s:g} s: read them as they come, or {_GO_ON}"
         )
-        self._cutting = asyncio.ensure_future(status.abort(self._context, error))
-        self._cutting.add_done_callback(lambda done: done.cancelled() or done.exception())
-        task.get_loop().call_later(_TOLD_S, task.cancel)
+        with contextlib.suppress(TimeoutError, grpc.aio.AbortError):
+            await asyncio.wait_for(status.abort(self._context, error), _TOLD_S)
+        task.cancel()
 
     def _over(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         self._drop()

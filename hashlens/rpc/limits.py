@@ -14,13 +14,20 @@ DEADLINE_S = 30.0
 """Default time for one call, in seconds."""
 
 
-def channel_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str, Any]]:
+def channel_options(
+    max_message_bytes: int = MAX_MESSAGE_BYTES, *, only_serving: bool = True
+) -> list[tuple[str, Any]]:
     """Return the options of every channel that Hashlens opens.
 
+    A channel to several servers goes round those whose health says that they serve: one that
+    starts or stops is left out before it has refused anything. `only_serving` False asks whoever
+    is there.
+
     Calls are retried by gRPC itself, within their deadline, and only when the server was
-    unavailable: each of our calls may be repeated (writes carry a request id).
+    unavailable, or cancelled the call itself: that is what gRPC does to calls that reach a server
+    just when it stops. Each of our calls may be repeated (writes carry a request id).
     """
-    service_config = {
+    service_config: dict[str, Any] = {
         "loadBalancingConfig": [{"round_robin": {}}],
         "methodConfig": [
             {
@@ -30,11 +37,13 @@ def channel_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[st
                     "initialBackoff": "0.1s",
                     "maxBackoff": "1s",
                     "backoffMultiplier": 2,
-                    "retryableStatusCodes": ["UNAVAILABLE"],
+                    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
                 },
             }
         ],
     }
+    if only_serving:
+        service_config["healthCheckConfig"] = {"serviceName": ""}
     return [
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.max_receive_message_length", max_message_bytes),

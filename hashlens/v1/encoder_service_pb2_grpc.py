@@ -76,7 +76,13 @@ class EncoderServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def EncodeStream(self, request_iterator, context):
-        """Encodes images as they come; one that cannot be read fails alone. Answers keep the order.
+        """Encodes images as they come; one that cannot be read fails alone. Every request is answered once,
+        in their order. The server reads a few ahead of its answers (max_stream_window) and stops while
+        they are not read; where it is busy an image waits, up to the stream's deadline, or without one up
+        to the server's default for a call. UNAVAILABLE ends a stream when the server stops, having
+        answered what it has read, and when the stream was idle: go on in another with the first image
+        that has no answer. Bytes that are no message are INVALID_ARGUMENT, after the answers to what
+        came before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,7 +38,14 @@ class EncoderServiceStub:
     EncodeBatch: _grpc.UnaryUnaryMultiCallable[_encoder_service_pb2.EncodeBatchRequest, _encoder_service_pb2.EncodeBatchResponse]
     """Encodes several images; one that cannot be read fails alone."""
     EncodeStream: _grpc.StreamStreamMultiCallable[_encoder_service_pb2.EncodeStreamRequest, _encoder_service_pb2.EncodeStreamResponse]
-    """Encodes images as they come; one that cannot be read fails alone. Answers keep the order."""
+    """Encodes images as they come; one that cannot be read fails alone. Every request is answered once,
+    in their order. The server reads a few ahead of its answers (max_stream_window) and stops while
+    they are not read; where it is busy an image waits, up to the stream's deadline, or without one up
+    to the server's default for a call. UNAVAILABLE ends a stream when the server stops, having
+    answered what it has read, and when the stream was idle: go on in another with the first image
+    that has no answer. Bytes that are no message are INVALID_ARGUMENT, after the answers to what
+    came before.
+    """
     GetModel: _grpc.UnaryUnaryMultiCallable[_encoder_service_pb2.GetModelRequest, _encoder_service_pb2.GetModelResponse]
     """Says which model is loaded and what it accepts."""
 
@@ -52,7 +59,14 @@ class EncoderServiceAsyncStub(EncoderServiceStub):
     EncodeBatch: _aio.UnaryUnaryMultiCallable[_encoder_service_pb2.EncodeBatchRequest, _encoder_service_pb2.EncodeBatchResponse]  # type: ignore[assignment]
     """Encodes several images; one that cannot be read fails alone."""
     EncodeStream: _aio.StreamStreamMultiCallable[_encoder_service_pb2.EncodeStreamRequest, _encoder_service_pb2.EncodeStreamResponse]  # type: ignore[assignment]
-    """Encodes images as they come; one that cannot be read fails alone. Answers keep the order."""
+    """Encodes images as they come; one that cannot be read fails alone. Every request is answered once,
+    in their order. The server reads a few ahead of its answers (max_stream_window) and stops while
+    they are not read; where it is busy an image waits, up to the stream's deadline, or without one up
+    to the server's default for a call. UNAVAILABLE ends a stream when the server stops, having
+    answered what it has read, and when the stream was idle: go on in another with the first image
+    that has no answer. Bytes that are no message are INVALID_ARGUMENT, after the answers to what
+    came before.
+    """
     GetModel: _aio.UnaryUnaryMultiCallable[_encoder_service_pb2.GetModelRequest, _encoder_service_pb2.GetModelResponse]  # type: ignore[assignment]
     """Says which model is loaded and what it accepts."""
 
@@ -81,7 +95,14 @@ class EncoderServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_encoder_service_pb2.EncodeStreamRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_encoder_service_pb2.EncodeStreamResponse], _abc.AsyncIterator[_encoder_service_pb2.EncodeStreamResponse]]:
-        """Encodes images as they come; one that cannot be read fails alone. Answers keep the order."""
+        """Encodes images as they come; one that cannot be read fails alone. Every request is answered once,
+        in their order. The server reads a few ahead of its answers (max_stream_window) and stops while
+        they are not read; where it is busy an image waits, up to the stream's deadline, or without one up
+        to the server's default for a call. UNAVAILABLE ends a stream when the server stops, having
+        answered what it has read, and when the stream was idle: go on in another with the first image
+        that has no answer. Bytes that are no message are INVALID_ARGUMENT, after the answers to what
+        came before.
+        """
 
     @_abc_1.abstractmethod
     def GetModel(

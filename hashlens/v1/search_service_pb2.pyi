@@ -651,7 +651,7 @@ class UpsertStreamResponse(_message.Message):
     tag: _builtins.int
     """The tag of the request that this answers."""
     version: _builtins.int
-    """The collection's version after the write."""
+    """The collection's version after the write, which may have had other items of the stream as well."""
     @_builtins.property
     def error(self) -> _status_pb2.Status:
         """Why it was not written."""

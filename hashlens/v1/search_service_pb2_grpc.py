@@ -148,7 +148,11 @@ class SearchServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UpsertStream(self, request_iterator, context):
-        """Upserts items as they come, each answered by itself.
+        """Upserts items as they come, each answered by itself and once, in their order; of two with one id,
+        the later stays. An item answered with a version is in the log. One that has no answer when the
+        stream ends, or was answered UNAVAILABLE or DEADLINE_EXCEEDED, may be written: send it again, that
+        does no harm. How far the server reads ahead, how long an item waits and how a stream ends is as
+        for EncodeStream. A collection that is not there ends the stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -46,7 +46,12 @@ class SearchServiceStub:
     that cannot be read fails alone; anything else wrong refuses the call before it writes.
     """
     UpsertStream: _grpc.StreamStreamMultiCallable[_search_service_pb2.UpsertStreamRequest, _search_service_pb2.UpsertStreamResponse]
-    """Upserts items as they come, each answered by itself."""
+    """Upserts items as they come, each answered by itself and once, in their order; of two with one id,
+    the later stays. An item answered with a version is in the log. One that has no answer when the
+    stream ends, or was answered UNAVAILABLE or DEADLINE_EXCEEDED, may be written: send it again, that
+    does no harm. How far the server reads ahead, how long an item waits and how a stream ends is as
+    for EncodeStream. A collection that is not there ends the stream.
+    """
     Delete: _grpc.UnaryUnaryMultiCallable[_search_service_pb2.DeleteRequest, _search_service_pb2.DeleteResponse]
     """Removes items by id. Ids that are not there are no error."""
     GetItems: _grpc.UnaryUnaryMultiCallable[_search_service_pb2.GetItemsRequest, _search_service_pb2.GetItemsResponse]
@@ -88,7 +93,12 @@ class SearchServiceAsyncStub(SearchServiceStub):
     that cannot be read fails alone; anything else wrong refuses the call before it writes.
     """
     UpsertStream: _aio.StreamStreamMultiCallable[_search_service_pb2.UpsertStreamRequest, _search_service_pb2.UpsertStreamResponse]  # type: ignore[assignment]
-    """Upserts items as they come, each answered by itself."""
+    """Upserts items as they come, each answered by itself and once, in their order; of two with one id,
+    the later stays. An item answered with a version is in the log. One that has no answer when the
+    stream ends, or was answered UNAVAILABLE or DEADLINE_EXCEEDED, may be written: send it again, that
+    does no harm. How far the server reads ahead, how long an item waits and how a stream ends is as
+    for EncodeStream. A collection that is not there ends the stream.
+    """
     Delete: _aio.UnaryUnaryMultiCallable[_search_service_pb2.DeleteRequest, _search_service_pb2.DeleteResponse]  # type: ignore[assignment]
     """Removes items by id. Ids that are not there are no error."""
     GetItems: _aio.UnaryUnaryMultiCallable[_search_service_pb2.GetItemsRequest, _search_service_pb2.GetItemsResponse]  # type: ignore[assignment]
@@ -163,7 +173,12 @@ class SearchServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_search_service_pb2.UpsertStreamRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_search_service_pb2.UpsertStreamResponse], _abc.AsyncIterator[_search_service_pb2.UpsertStreamResponse]]:
-        """Upserts items as they come, each answered by itself."""
+        """Upserts items as they come, each answered by itself and once, in their order; of two with one id,
+        the later stays. An item answered with a version is in the log. One that has no answer when the
+        stream ends, or was answered UNAVAILABLE or DEADLINE_EXCEEDED, may be written: send it again, that
+        does no harm. How far the server reads ahead, how long an item waits and how a stream ends is as
+        for EncodeStream. A collection that is not there ends the stream.
+        """
 
     @_abc_1.abstractmethod
     def Delete(

@@ -140,7 +140,7 @@ def memory_gb_per_s() -> float:
 
 def _target() -> str:
     """Return what Numba compiles for, by its own settings, not what the CPU could do."""
-    name = getattr(numba.config, "CPU_NAME", None) or llvmlite.binding.get_hostcpu_name()
+    name = getattr(numba.config, "CPU_NAME", None) or llvmlite.binding.get_host_cpu_name()
     features = getattr(numba.config, "CPU_FEATURES", None)
     if features is None:
         features = llvmlite.binding.get_host_cpu_features().flatten()

@@ -7,7 +7,7 @@ import struct
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from io import BytesIO
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hashlens import Client, convert
+from hashlens.cli.bench import cpu_s
 from hashlens.cli.processes import interruptible
 from hashlens.config import options, setting
 from hashlens.errors import InvalidInputError, PreconditionError
@@ -82,19 +83,22 @@ def overload(config: OverloadConfig) -> None:
     (open loop), and then at half of it. ``goodput_of_peak`` is the share of the peak that was
     answered in time meanwhile; refusals and answers are timed from when a call was due.
     ``recovery_s`` is when, after the rate fell, the last call was due that failed or took more than
-    four times the median of the end.
+    four times the median of the end. ``cpu_ms`` is the service's CPU time for an answer, with all
+    that it did besides; ``goodput_of_peak_by_cpu`` compares it with that at the peak: what refusing
+    costs, also where others take the processors away.
 
     The load generator is a process of its own on the same cores: what it takes, the service lacks.
     """
     check_outputs(config)
     with ExitStack() as stack:
         stack.enter_context(interruptible())
-        target, method, requests = stack.enter_context(_service(config))
+        target, method, requests, pid = stack.enter_context(_service(config))
         pool = stack.enter_context(
             ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
         )
 
-        def offer(phases: Sequence[tuple[float, float]], in_flight: int = 0) -> Fates:
+        def offer(phases: Sequence[tuple[float, float]], in_flight: int = 0) -> tuple[Fates, float]:
+            """Return what became of it, and the service's CPU time of the first phase."""
             wanted = Offer(
                 target=target,
                 method=method,
@@ -103,18 +107,26 @@ def overload(config: OverloadConfig) -> None:
                 in_flight=in_flight,
                 phases=phases,
             )
-            return pool.submit(offered.run, wanted).result()
+            before_s = cpu_s(pid)
+            running = pool.submit(offered.run, wanted)
+            wait([running], timeout=phases[0][1])
+            spent_s = cpu_s(pid) - before_s
+            return running.result(), spent_s
 
+        pool.submit(int).result()  # Its start is none of the first load's.
         peaks = [
-            _Peak.of(int(n), offer([(0.0, config.seconds / 2)], int(n)), config.seconds / 2)
+            _Peak.of(int(n), *offer([(0.0, config.seconds / 2)], int(n)), config.seconds / 2)
             for n in config.in_flight.split(",")
         ]
         peak = max(peaks, key=lambda found: found.calls_per_s)
         if peak.calls_per_s == 0:
             raise PreconditionError("no call was answered: allow more --deadline-s")
         rate = config.times * peak.calls_per_s
-        fates = offer([(rate, config.seconds), (peak.calls_per_s / 2, config.rest_s)])
-    results = [*(found.measured(config) for found in peaks), *_after(config, peak, rate, fates)]
+        fates, busy_cpu_s = offer([(rate, config.seconds), (peak.calls_per_s / 2, config.rest_s)])
+    results = [
+        *(found.measured(config) for found in peaks),
+        *_after(config, peak, rate, fates, busy_cpu_s),
+    ]
     settings = {key: value for key, value in asdict(config).items() if key not in ("json", "plot")}
     report = Report("overload", machine.describe(packages=("grpcio",)), results, settings)
     publish(report, config, _drawing(fates, peak, rate, config))
@@ -128,29 +140,37 @@ class _Peak:
     calls_per_s: float
     p50_ms: float
     p99_ms: float
+    cpu_ms: float
+    """The service's CPU time for an answer."""
 
     @classmethod
-    def of(cls, in_flight: int, fates: Fates, seconds: float) -> _Peak:
+    def of(cls, in_flight: int, fates: Fates, spent_s: float, seconds: float) -> _Peak:
         counts = (fates.fate == Fate.ANSWERED) & (fates.ended_s >= _WARMUP_S)
         counts &= fates.ended_s < seconds
         ms = fates.latency_ms[counts]
+        n = int(((fates.fate == Fate.ANSWERED) & (fates.ended_s < seconds)).sum())
         return cls(
             in_flight,
             float(counts.sum() / (seconds - _WARMUP_S)),
             _percent(ms, 50),
             _percent(ms, 99),
+            spent_s * 1e3 / max(n, 1),
         )
 
     def measured(self, config: OverloadConfig) -> Measured:
-        extra = {"calls_per_s": self.calls_per_s, "p99_ms": self.p99_ms}
+        extra = {"calls_per_s": self.calls_per_s, "p99_ms": self.p99_ms, "cpu_ms": self.cpu_ms}
         return _line(config, f"closed loop, {self.in_flight} in flight", self.p50_ms, extra)
 
 
-def _after(config: OverloadConfig, peak: _Peak, rate: float, fates: Fates) -> Iterator[Measured]:
+def _after(
+    config: OverloadConfig, peak: _Peak, rate: float, fates: Fates, spent_s: float
+) -> Iterator[Measured]:
     seconds = int(rate * config.seconds) / rate
     answered = fates.fate == Fate.ANSWERED
     in_time = answered & (fates.ended_s >= _WARMUP_S) & (fates.ended_s < seconds)
     busy = (fates.due_s >= _WARMUP_S) & (fates.due_s < seconds)
+    n_answered = int((answered & (fates.ended_s < seconds)).sum())
+    cpu_ms = spent_s * 1e3 / max(n_answered, 1)
     goodput = float(in_time.sum() / (seconds - _WARMUP_S))
     refused_ms = fates.latency_ms[busy & (fates.fate == Fate.REFUSED)]
     answered_ms = fates.latency_ms[busy & answered]
@@ -161,6 +181,8 @@ def _after(config: OverloadConfig, peak: _Peak, rate: float, fates: Fates) -> It
         {
             "goodput_per_s": goodput,
             "goodput_of_peak": goodput / peak.calls_per_s,
+            "cpu_ms": cpu_ms,
+            "goodput_of_peak_by_cpu": peak.cpu_ms / cpu_ms,
             "answered_p99_ms": _percent(answered_ms, 99),
             "refused": int((busy & (fates.fate == Fate.REFUSED)).sum()),
             "refused_p50_ms": _percent(refused_ms, 50),
@@ -202,17 +224,17 @@ def _percent(values: NDArray[np.float64], percent: float) -> float:
 
 
 @contextmanager
-def _service(config: OverloadConfig) -> Iterator[tuple[str, str, list[bytes]]]:
-    """Yield where the service is, the method, and what to ask."""
+def _service(config: OverloadConfig) -> Iterator[tuple[str, str, list[bytes], int]]:
+    """Yield where the service is, the method, what to ask, and its process id, 0 if not known."""
     if config.what == "encode":
         requests = [
             enc.EncodeRequest(image=_png(number)).SerializeToString() for number in range(8)
         ]
         if config.target:
-            yield config.target, _ENCODE, requests
+            yield config.target, _ENCODE, requests, 0
             return
         with served("encoder_service", ["--log-level", "error"]) as process:
-            yield process.address, _ENCODE, requests
+            yield process.address, _ENCODE, requests, process.pid
         return
     with tempfile.TemporaryDirectory(prefix="hashlens-bench-") as folder:
         arguments = ["--data-dir", str(Path(folder) / "data"), "--log-level", "error"]
@@ -221,7 +243,7 @@ def _service(config: OverloadConfig) -> Iterator[tuple[str, str, list[bytes]]]:
             served("search_service", arguments) as process,
             Client(process.address, process.address) as client,
         ):
-            yield process.address, _SEARCH, _filled(client, config)
+            yield process.address, _SEARCH, _filled(client, config), process.pid
 
 
 def _filled(client: Client, config: OverloadConfig) -> list[bytes]:

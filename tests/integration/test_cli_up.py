@@ -138,6 +138,7 @@ def test_ctrl_c_stops_it_and_nothing_is_lost(tmp_path: Path, pictures: Path) -> 
         assert (summary["indexed"], summary["unchanged"], summary["items"]) == (0, 40, 40)
 
 
+@pytest.mark.slow
 def test_listening_in_the_open_has_to_be_asked_for(tmp_path: Path) -> None:
     command = [*HASHLENS, "up", "--data", str(tmp_path / "data"), "--search-listen", "127.0.0.1:0"]
     done = subprocess.run(

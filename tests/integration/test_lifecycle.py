@@ -10,7 +10,9 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -22,8 +24,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hashlens import Client, codes
 from hashlens.cli.main import main
 from hashlens.client import ClientConfig
-from hashlens.errors import HashlensError, OverloadedError
+from hashlens.errors import HashlensError, InvalidInputError, OverloadedError
 from hashlens.rpc.health import LIVENESS, READINESS
+from hashlens.rpc.server_config import ServerConfig
 from hashlens.rpc.status import error_of_call
 from hashlens.types import CollectionSpec, Embedding, Item
 from hashlens.v1 import search_service_pb2 as spb
@@ -52,7 +55,10 @@ def embeddings(n: int, seed: int = 0) -> list[Embedding]:
 def fill(target: str, n: int = N) -> None:
     with Client(target, NOBODY) as client:
         client.create_collection(SPEC.name, spec=SPEC)
-        client.upsert(SPEC.name, (Item(f"{i:06}", one) for i, one in enumerate(embeddings(n))))
+        client.upsert(
+            SPEC.name,
+            (Item(f"{i:06}", one, payload=bytes(400)) for i, one in enumerate(embeddings(n))),
+        )
         client.collection(SPEC.name)
 
 
@@ -84,7 +90,7 @@ def ball(channel: grpc.Channel, timeout: float | None = 60) -> Iterator[spb.Stre
     query.embedding.model_id = "m"
     stub = spb_grpc.SearchServiceStub(channel)
     request = spb.StreamBallRequest(
-        collection=SPEC.name, query=query, radius_bits=64, with_code=True
+        collection=SPEC.name, query=query, radius_bits=64, with_payload=True
     )
     found: Iterator[spb.StreamBallResponse] = stub.StreamBall(request, timeout=timeout)
     return found
@@ -188,12 +194,26 @@ def test_a_reader_that_stands_still_is_cut_off_after_the_grace(filled: Path) -> 
         process.kill()
 
 
-def test_limits_refuse_over_the_wire_with_a_time_to_come_back(filled: Path) -> None:
-    with (
-        Search(filled, "--method-limits", "StreamBall=2") as process,
-        grpc.insecure_channel(process.target) as channel,
-        Client(process.target, NOBODY) as client,
-    ):
+@dataclass(frozen=True)
+class Ports:
+    """A process with all of its ports."""
+
+    process: Search
+    health: str
+    admin: str
+
+
+@pytest.fixture(scope="module")
+def ports(filled: Path) -> Iterator[Ports]:
+    health, admin = free_address(), free_address()
+    arguments = ("--health-listen", health, "--admin-listen", admin)
+    with Search(filled, *arguments, "--method-limits", "StreamBall=2") as process:
+        yield Ports(process, health, admin)
+
+
+def test_limits_refuse_over_the_wire_with_a_time_to_come_back(ports: Ports) -> None:
+    process = ports.process
+    with grpc.insecure_channel(process.target) as channel, Client(process.target, NOBODY) as client:
         held = [ball(channel), ball(channel)]
         for one in held:
             next(one)
@@ -217,53 +237,57 @@ def test_limits_refuse_over_the_wire_with_a_time_to_come_back(filled: Path) -> N
         wait_until(has_room, within_s=10, what="a place is given back")
         held[1].cancel()  # type: ignore[attr-defined]
         log = process.log.read_text()
-        assert log.count("OverloadedError") == 1, "refusals are not logged one by one"
+        assert log.count("OverloadedError after") == 1, "refusals are not logged one by one"
 
 
-def test_wrong_limits_and_addresses_do_not_start(tmp_path: Path) -> None:
-    for arguments, words in (
-        (("--method-limits", "Serch=3"), "no method Serch"),
-        (("--method-limits", "Search=0"), "at least 1"),
-        (("--admin-listen", "0.0.0.0:7001"), "loopback"),
-        (("--max-bytes-in-flight", "1000"), "must hold one message"),
-    ):
-        process = Search(tmp_path, *arguments)
-        with pytest.raises(AssertionError, match="did not start"):
-            process.start()
-        assert words in process.log.read_text()
-        process.log.unlink()
+def test_a_limit_of_an_unknown_method_does_not_start(tmp_path: Path) -> None:
+    process = Search(tmp_path, "--method-limits", "Serch=3")
+    with pytest.raises(AssertionError, match="did not start"):
+        process.start()
+    assert "no method Serch" in process.log.read_text()
 
 
-def test_health_has_names_reasons_and_a_port_and_channelz_is_for_operators(filled: Path) -> None:
-    health, admin = free_address(), free_address()
-    with Search(filled, "--health-listen", health, "--admin-listen", admin) as process:
-        for target in (process.target, health, admin):
-            for name in ("", LIVENESS, READINESS, "hashlens.v1.SearchService"):
-                assert check(target, name) == SERVING
-            with pytest.raises(grpc.RpcError) as caught:
-                check(target, "nobody")
-            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-        with grpc.insecure_channel(health) as channel:
-            with pytest.raises(grpc.RpcError) as caught:
-                spb_grpc.SearchServiceStub(channel).ListCollections(
-                    spb.ListCollectionsRequest(), timeout=10
-                )
-            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-        with grpc.insecure_channel(admin) as channel:
-            servers = channelz_pb2_grpc.ChannelzStub(channel).GetServers(
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method_limits": "Search=0"}, "at least 1"),
+        ({"admin_listen": "0.0.0.0:7001"}, "loopback"),
+        ({"health_listen": "nowhere"}, "host:port"),
+        ({"max_bytes_in_flight": 1000}, "must hold one message"),
+        ({"max_request_s": 0}, "above 0"),
+    ],
+)
+def test_wrong_settings_are_told(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidInputError, match=words):
+        ServerConfig(**changes)
+    ServerConfig(admin_listen="[::1]:1", health_listen="0.0.0.0:1")
+
+
+def test_health_has_names_and_a_port_and_channelz_is_for_operators(ports: Ports) -> None:
+    for target in (ports.process.target, ports.health, ports.admin):
+        for name in ("", LIVENESS, READINESS, "hashlens.v1.SearchService"):
+            assert check(target, name) == SERVING
+        with pytest.raises(grpc.RpcError) as caught:
+            check(target, "nobody")
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    with grpc.insecure_channel(ports.health) as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            spb_grpc.SearchServiceStub(channel).ListCollections(
+                spb.ListCollectionsRequest(), timeout=10
+            )
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert _answered(ports.admin) > 0
+    with grpc.insecure_channel(ports.process.target) as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            channelz_pb2_grpc.ChannelzStub(channel).GetServers(
                 channelz_pb2.GetServersRequest(), timeout=10
             )
-            assert sum(server.data.calls_started for server in servers.server) > 0
-        with grpc.insecure_channel(process.target) as channel:
-            with pytest.raises(grpc.RpcError) as caught:
-                channelz_pb2_grpc.ChannelzStub(channel).GetServers(
-                    channelz_pb2.GetServersRequest(), timeout=10
-                )
-            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-        arguments = ["health", "--search", process.target, "--encoder", process.target, "-v"]
-        answer = CliRunner().invoke(main, [*arguments, "--json"])
-        assert answer.exit_code == 0, answer.output
-        assert json.loads(answer.stdout)["services"][1]["ready"]
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    target = ports.process.target
+    arguments = ["health", "--search", target, "--encoder", target, "-v", "--json"]
+    answer = CliRunner().invoke(main, arguments)
+    assert answer.exit_code == 0, answer.output
+    assert json.loads(answer.stdout)["services"][1]["ready"]
 
 
 def test_without_redis_a_replica_is_ready_and_says_so(tmp_path: Path) -> None:

@@ -20,10 +20,13 @@ from hashlens import (
     codes,
 )
 from hashlens.errors import DataLossError, LimitError
+from search_service.storage.embedded import find_server
+from tests.support.redis_server import RedisServer
 from tests.support.services import ServiceProcess, wait_until
 
 SPEC = CollectionSpec("photos", "m", 48, 16, FeatureDtype.F16, 1000)
 NOBODY = "127.0.0.1:1"
+PHOTOS = '{collection="photos"}'
 
 
 def item_of(number: int) -> Item:
@@ -84,6 +87,45 @@ def test_the_store_says_how_it_is(tmp_path: Path) -> None:
         assert found["hashlens_store_damaged_features_total"] == 1
         assert found['hashlens_collection_missing_features{collection="photos"}'] == 1
         assert "do not match their checksums" in process.log.read_text()
+
+
+def test_redis_and_its_log_are_seen_without_being_asked(tmp_path: Path) -> None:
+    with RedisServer(find_server()) as server:
+        process = Measured(tmp_path, "--redis-url", server.url)
+        with process, Client(process.target, NOBODY) as client:
+            client.create_collection("photos", spec=SPEC)
+            client.upsert("photos", [item_of(i) for i in range(30)])
+
+            def says(within_s: float = 30, **wanted: float) -> None:
+                def so() -> bool:
+                    found = process.metrics()
+                    return all(found[f"hashlens_{name}"] == value for name, value in wanted.items())
+
+                wait_until(so, within_s=within_s, what=f"metrics say {wanted}")
+
+            says(redis_connected=1, redis_writable=1)
+            wait_until(
+                lambda: process.metrics()[f"hashlens_collection_log_entries{PHOTOS}"] == 30,
+                within_s=30,
+                what="the log has been looked at",
+            )
+            found = process.metrics()
+            assert found[f"hashlens_collection_log_version{PHOTOS}"] == 30
+            assert found[f"hashlens_collection_log_lag{PHOTOS}"] == 0
+            assert found["hashlens_redis_last_call_seconds"] > 0
+            assert found["hashlens_redis_call_seconds_count"] > 0
+            with server.client() as redis:
+                redis.config_set("maxmemory", "1")
+            says(redis_connected=1, redis_writable=0)
+            with server.client() as redis:
+                redis.config_set("maxmemory", "0")
+            says(redis_connected=1, redis_writable=1)
+            n_failures = process.metrics()["hashlens_redis_failures_total"]
+            server.kill()
+            says(redis_connected=0, redis_writable=0)
+            assert process.metrics()["hashlens_redis_failures_total"] > n_failures
+            server.start()
+            says(redis_connected=1, redis_writable=1)
 
 
 @pytest.mark.parametrize(

@@ -223,6 +223,7 @@ def test_what_is_there_is_a_replay_of_what_was_acknowledged(
     assert client.collection(name).n_items == len(model)
 
 
+@pytest.mark.slow
 def test_what_was_acknowledged_survives_a_kill(encoder: ServiceProcess, tmp_path: Path) -> None:
     search = SearchProcess(tmp_path, encoder.target)
     acknowledged: dict[str, bytes] = {}

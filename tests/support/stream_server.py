@@ -41,8 +41,8 @@ class InProcess:
 
 
 @contextmanager
-def encoder_in_process(config: EncoderConfig) -> Iterator[InProcess]:
-    """Run the service in a thread."""
+def encoder_in_process(config: EncoderConfig, **options: int) -> Iterator[InProcess]:
+    """Run the service in a thread; `options` are gRPC's, without their prefix."""
     ready = threading.Event()
     running: list[InProcess] = []
     over: list[asyncio.Event] = []
@@ -50,7 +50,10 @@ def encoder_in_process(config: EncoderConfig) -> Iterator[InProcess]:
     async def serve() -> None:
         servicer = EncoderServicer(config)
         await servicer.warm_up()
-        server = grpc.aio.server(interceptors=[ErrorInterceptor()])
+        server = grpc.aio.server(
+            interceptors=[ErrorInterceptor()],
+            options=[(f"grpc.{name}", value) for name, value in options.items()],
+        )
         servicer.register(server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()

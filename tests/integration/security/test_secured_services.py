@@ -12,17 +12,30 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import grpc
 import pytest
 from click.testing import CliRunner, Result
 
 from encoder_service.model.checkpoint import default_checkpoint_path
 from hashlens import AsyncClient, ChannelSecurity, Client, ClientConfig, Item
 from hashlens.cli.main import main
-from hashlens.errors import PermissionDeniedError, UnauthenticatedError, UnavailableError
+from hashlens.errors import (
+    DeadlineError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from hashlens.rpc.channel import connect
+from hashlens.rpc.limits import MAX_MESSAGE_BYTES
+from hashlens.types import Encoded
 from tests.integration.security.redis_guard import PASSWORD, GuardedRedis
 from tests.support.certificates import Authority, Pair
 from tests.support.redis_server import server_binaries
 from tests.support.services import ServiceProcess, wait_until
+
+pytestmark = pytest.mark.slow
+
+AWAY = (UnavailableError, DeadlineError)
 
 SECRETS = {
     "admin": "hunter2-admin-" + "a" * 32,
@@ -109,7 +122,8 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
             ServiceProcess(
                 "encoder_service",
                 *tls,
-                *_options(tokens=encoder_tokens, log_level="debug"),
+                *("--access-log", "--reflection"),
+                *_options(tokens=encoder_tokens, log_level="debug", log_format="json"),
                 log=folder / "encoder.log",
             )
         )
@@ -117,6 +131,7 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
             found.processes[name] = ServiceProcess(
                 "search_service",
                 *tls,
+                "--access-log",
                 *_options(
                     tokens=search_tokens,
                     data_dir=folder / name,
@@ -145,6 +160,8 @@ def test_pictures_go_in_and_are_found(secured: Secured, images: list[bytes]) -> 
         client.create_collection("photos", expected_rows=1000)
         items = [Item(id=f"{i}", image=image) for i, image in enumerate(images[:20])]
         assert client.upsert("photos", items).n_written == 20
+        assert all(isinstance(result, Encoded) for result in client.encode_stream(images[:9]))
+        assert all(isinstance(result, int) for result in client.upsert_stream("photos", items))
         with pytest.raises(PermissionDeniedError, match="scope admin"):
             client.drop_collection("photos")
     with secured.connect("read") as client:
@@ -158,7 +175,29 @@ def test_pictures_go_in_and_are_found(secured: Secured, images: list[bytes]) -> 
                 client.collections()
             with pytest.raises(UnauthenticatedError):
                 client.model()
+            with pytest.raises(UnauthenticatedError):
+                list(client.upsert_stream("photos", items))
             assert all(state.serving for state in client.health())
+
+
+def test_nothing_is_read_of_what_a_stranger_sends(secured: Secured) -> None:
+    """Not even how long it is: that would be another refusal."""
+    for name, method in (
+        ("encoder", "/hashlens.v1.EncoderService/Encode"),
+        ("a", "/hashlens.v1.SearchService/Upsert"),
+        ("a", "/hashlens.v1.ReplicaService/ReadFile"),
+    ):
+        options = [("grpc.max_send_message_length", -1)]
+        target = secured.processes[name].target
+        with connect(target, options, secured.security(None)) as channel:
+            for request in (
+                b"\xff",
+                b"\xff" * MAX_MESSAGE_BYTES,
+                b"\xff" * (MAX_MESSAGE_BYTES + 99),
+            ):
+                with pytest.raises(grpc.RpcError) as caught:
+                    channel.unary_unary(method)(request, timeout=30)
+                assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED, caught.value
 
 
 def test_the_asynchronous_client_knows_as_much(secured: Secured, images: list[bytes]) -> None:
@@ -243,11 +282,11 @@ def test_no_secret_is_in_a_log_or_a_command_line(secured: Secured, images: list[
         with secured.redis.admin() as admin:
             admin.execute_command("ACL", "SETUSER", "hashlens", "resetpass", ">hunter2-other")
             admin.execute_command("CLIENT", "KILL", "USER", "hashlens")
-        with pytest.raises(UnavailableError) as away:
+        with pytest.raises(AWAY) as away:
             client.upsert("photos", [Item(id="x", image=images[0])], deadline_s=2.0)
         said.append(str(away.value))
         (secured.folder / "password").unlink()
-        with pytest.raises(UnavailableError):
+        with pytest.raises(AWAY):
             client.upsert("photos", [Item(id="x", image=images[0])], deadline_s=2.0)
         # So is the encoder's key, and its file of tokens becomes nonsense.
         (secured.folder / "served.key").write_text("hunter2")
@@ -258,7 +297,7 @@ def test_no_secret_is_in_a_log_or_a_command_line(secured: Secured, images: list[
             what="the encoder says that its tokens cannot be read",
         )
         os.kill(secured.processes["encoder"].process.pid, 9)
-        with pytest.raises(UnavailableError):
+        with pytest.raises(AWAY):
             client.search("photos", image=images[0], deadline_s=3.0)
     secured.processes["a"].stop()
     log = secured.logs()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import socket
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from rich.console import Console
 from hashlens.cli.top.scrape import Change, Scrape, look
 from hashlens.cli.top.view import view
 from hashlens.cli.top.watch import Watch
+from hashlens.cli.up import _metrics_beside
 from hashlens.errors import UnavailableError
 from hashlens.rpc.metrics import (
     Counter,
@@ -184,3 +186,15 @@ def test_the_view_shows_it_all_and_obeys_nothing() -> None:
     assert "Redis away" in text
     assert "c19" in text
     assert "and 8 smaller ones" in text
+
+
+def test_up_puts_metrics_where_it_can() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert _metrics_beside(f"127.0.0.1:{port - 10}") == "127.0.0.1:0"
+    assert _metrics_beside(f"0.0.0.0:{port - 10}") == f"127.0.0.1:{port}"
+    assert _metrics_beside("127.0.0.1:0") == "127.0.0.1:0"
+    assert _metrics_beside("127.0.0.1:65530") == "127.0.0.1:0"
+    assert _metrics_beside("nonsense") == "127.0.0.1:0"

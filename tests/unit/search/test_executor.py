@@ -454,3 +454,56 @@ def test_an_answer_does_not_wait_for_a_slow_neighbour(executor: Executor) -> Non
         await blocker
 
     asyncio.run(scenario())
+
+
+def test_who_would_wait_too_long_is_refused_at_once(executor: Executor) -> None:
+    async def scenario() -> None:
+        # As long as nothing was measured, nothing is refused for its deadline.
+        for _ in range(3):
+            await executor.run(lambda cancel: time.sleep(0.2))
+        gate = Gate()
+        first = asyncio.create_task(executor.run(gate))
+        await begun(gate.began)
+        second = asyncio.create_task(executor.run(lambda cancel: None))
+        await asyncio.sleep(0.01)
+        with pytest.raises(OverloadedError, match="longer than the deadline allows") as caught:
+            await executor.run(lambda cancel: None, deadline_s=0.05)
+        assert caught.value.retry_after_s > 0.05
+        patient = asyncio.create_task(executor.run(lambda cancel: "done", deadline_s=WAIT_S))
+        await asyncio.sleep(0.01)
+        assert executor.n_waiting == 2
+        gate.free.set()
+        assert (await patient).value == "done"
+        await asyncio.gather(first, second)
+        assert executor.n_refused == 1
+
+    asyncio.run(scenario())
+
+
+def test_what_is_late_already_is_not_queued(executor: Executor) -> None:
+    async def scenario() -> None:
+        with pytest.raises(DeadlineError):
+            await executor.run(lambda cancel: None, deadline_s=-1.0)
+        assert (executor.n_waiting, executor.n_dropped) == (0, 1)
+
+    asyncio.run(scenario())
+
+
+def test_work_that_nobody_wants_is_overtime_and_work_that_takes_long_is_not(
+    executor: Executor,
+) -> None:
+    async def scenario() -> None:
+        gate = Gate()
+        task = asyncio.create_task(executor.run(gate))
+        await begun(gate.began)
+        await asyncio.sleep(0.2)
+        assert executor.overtime_s == 0
+        task.cancel()
+        await asyncio.sleep(0.2)
+        assert 0.1 < executor.overtime_s < WAIT_S
+        gate.free.set()
+        await executor.run(lambda cancel: None)
+        await asyncio.sleep(0.05)
+        assert executor.overtime_s == 0
+
+    asyncio.run(scenario())
