@@ -140,6 +140,8 @@ def large_metadata(target: str, path: str, rng: random.Random, scale: float) -> 
                     b"", metadata=((key, "v" * size),), timeout=10
                 )
                 assert call.code() not in _DEFECTS, (key, size, call.details())
+                if size > 16_384:
+                    assert call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED, call.code()
 
 
 def balls_never_read(target: str, path: str, rng: random.Random, scale: float) -> None:

@@ -414,3 +414,10 @@ def test_every_class_of_error_is_provoked() -> None:
         and found is not errors.HashlensError
     }
     assert {row.error for row in ROWS.values()} == classes
+
+
+def test_the_documented_table_has_every_code() -> None:
+    text = Path("docs/architecture.md").read_text().partition("## Errors")[2]
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| ")]
+    documented = {name.strip() for row in rows for name in row.split(",")} - {"code"}
+    assert documented == {row.code.name for row in ROWS.values()}
