@@ -9,16 +9,15 @@ again.
 from __future__ import annotations
 
 import json
-import mmap
 import multiprocessing
 import os
-import struct
 import sys
 import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from ctypes import c_longlong
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -137,12 +136,12 @@ def _numbered(cases: range, seed: int) -> Iterator[Case]:
         yield case(seed, number, files)
 
 
-def _work(cases: range, seed: int, folder: Path, at: mmap.mmap, result: Connection) -> None:
+def _work(cases: range, seed: int, folder: Path, at: c_longlong, result: Connection) -> None:
     """Judge some cases in a process of its own; `at` always says which it is at."""
     outcome = Outcome()
     preprocessing = Preprocessing()
     for spoiled in _numbered(cases, seed):
-        at[:8] = struct.pack("<q", spoiled.number)
+        at.value = spoiled.number
         why = judge(spoiled, outcome, preprocessing)
         if why:
             outcome.counts["failed"] += 1
@@ -152,12 +151,12 @@ def _work(cases: range, seed: int, folder: Path, at: mmap.mmap, result: Connecti
 
 def decode_all(n_cases: int, seed: int, folder: Path, n_processes: int, first: int = 0) -> Outcome:
     """Judge cases in several processes; one that dies or hangs is a failure."""
-    context = multiprocessing.get_context("spawn" if threading.active_count() > 1 else "fork")
+    context = multiprocessing.get_context("spawn")  # Who calls may have threads.
     total = Outcome()
     workers = []
     for i in range(n_processes):
         cases = range(first + i, first + n_cases, n_processes)
-        at = mmap.mmap(-1, 8)
+        at = context.RawValue(c_longlong, -1)
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_work, args=(cases, seed, folder, at, sender))
         process.start()
@@ -166,8 +165,7 @@ def decode_all(n_cases: int, seed: int, folder: Path, n_processes: int, first: i
     for process, receiver, at in workers:
         outcome = _awaited(process, receiver, at)
         if outcome is None:
-            number = struct.unpack("<q", at[:8])[0]
-            spoiled = case(seed, number, corpus())
+            spoiled = case(seed, max(at.value, first), corpus())
             why = f"the decoder's process ended or hung: exit status {process.exitcode}"
             outcome = Outcome(failures=[keep(folder, seed, spoiled, why)])
             outcome.counts["crashed"] += 1
@@ -176,12 +174,12 @@ def decode_all(n_cases: int, seed: int, folder: Path, n_processes: int, first: i
 
 
 def _awaited(
-    process: multiprocessing.process.BaseProcess, receiver: Connection, at: mmap.mmap
+    process: multiprocessing.process.BaseProcess, receiver: Connection, at: c_longlong
 ) -> Outcome | None:
-    last, since_s = at[:8], time.monotonic()
+    last, since_s = at.value, time.monotonic()
     while not receiver.poll(0.5):
-        if at[:8] != last:
-            last, since_s = at[:8], time.monotonic()
+        if at.value != last:
+            last, since_s = at.value, time.monotonic()
         if not process.is_alive() or time.monotonic() - since_s > _HANGS_S:
             if receiver.poll(0):
                 break

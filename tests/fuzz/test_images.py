@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+import os
 import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from ctypes import c_longlong
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from encoder_service.decode import DecodeLimits, decode
+from encoder_service.preprocess import Preprocessing
 from encoder_service.structure import pixel_limit
 from hashlens import Client
 from hashlens.errors import InvalidInputError
 from tests.fuzz import bombs as made
 from tests.fuzz.bombs import bombs, ifd, tiff_frame
 from tests.fuzz.corpus import UPRIGHT_TURN, corpus, scene, with_orientation
-from tests.fuzz.images import attack, decode_all
+from tests.fuzz.images import Outcome, _awaited, attack, decode_all, judge, keep
 from tests.fuzz.mutations import case
 from tests.support.services import ServiceProcess
 
@@ -58,13 +63,31 @@ def test_spoiled_images_over_the_wire(service: ServiceProcess, tmp_path: Path) -
     assert peak.grown_mb < 300
 
 
-def test_a_crash_of_the_decoder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_takes_too_long_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """What looks for failures can fail."""
-    monkeypatch.setattr("tests.fuzz.images._BASE_CPU_S", -1.0)
-    monkeypatch.setattr("tests.fuzz.images._CPU_S_PER_PIXEL", 0.0)
-    outcome = decode_all(3, SEED, tmp_path, n_processes=1)
-    assert len(outcome.failures) == 3
-    assert (tmp_path / f"image-{SEED}-0.bin").read_bytes() == case(SEED, 0, corpus()).data
+    spoiled = case(SEED, 0, corpus())
+    assert not judge(spoiled, Outcome(), Preprocessing())
+    monkeypatch.setattr("tests.fuzz.images._BASE_CPU_S", -100.0)
+    assert "took" in judge(spoiled, Outcome(), Preprocessing())
+
+
+def test_a_decoder_that_dies_is_found() -> None:
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=os._exit, args=(11,))
+    process.start()
+    sender.close()
+    assert _awaited(process, receiver, context.RawValue(c_longlong, -1)) is None
+    assert process.exitcode == 11
+
+
+def test_what_failed_is_kept(tmp_path: Path) -> None:
+    spoiled = case(SEED, 3, corpus())
+    line = keep(tmp_path, SEED, spoiled, "it broke")
+    assert line.startswith(f"image-{SEED}-3: ")
+    assert (tmp_path / f"image-{SEED}-3.bin").read_bytes() == spoiled.data
+    told = json.loads((tmp_path / f"image-{SEED}-3.json").read_text())
+    assert case(told["seed"], told["number"], corpus()) == spoiled
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
