@@ -39,6 +39,10 @@ _MAX_BATCH = 64
 _WAIT_SHARE = 0.7
 """Of its time a job may expect to wait; the rest is for the work, and for expecting too little."""
 
+_OUTLIER_TIMES = 8
+_OUTLIER_S = 0.05
+"""Work that takes longer than so many times the mean and that counts as this: compiling, say."""
+
 _LATE = "The deadline passed before the work was done. Allow more time or ask less."
 _CLOSED = "The server is shutting down. Try another replica."
 
@@ -346,7 +350,9 @@ class Executor:
             for number in list(pending):
                 deliver(number, failure)
         took_s = (time.perf_counter_ns() - began_ns) / 1e9 / len(jobs)
-        self._mean_s += (took_s - self._mean_s) / 8
+        # A kernel that had to be compiled first says nothing of the searches to come.
+        usual_s = min(took_s, _OUTLIER_TIMES * self._mean_s + _OUTLIER_S)
+        self._mean_s += (usual_s - self._mean_s) / 8
 
     def _told(self, result: Any) -> Any:
         """Return what the caller is told: work that was stopped by closing says so."""

@@ -19,19 +19,11 @@ from hashlens.rpc.refusal import refusing
 logger = logging.getLogger(__name__)
 
 
-_REPEAT_S = 10.0
-"""What goes wrong again and again is logged once, and then summed up this often, in seconds."""
-
-_MAX_KINDS = 1000
-
 _HEALTH = "/grpc.health."
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Turns what a handler raises into a status, and logs what was not meant to happen."""
-
-    def __init__(self) -> None:
-        self._log = _ErrorLog()
 
     async def intercept_service(
         self,
@@ -68,7 +60,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             except (grpc.aio.AbortError, asyncio.CancelledError):
                 raise
             except Exception as error:
-                self._log.note(method, error, started_ns)
+                _log(method, error, started_ns)
                 return await status.abort(context, error)
 
         return guarded
@@ -86,7 +78,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             except (grpc.aio.AbortError, asyncio.CancelledError):
                 raise
             except Exception as error:
-                self._log.note(method, error, started_ns)
+                _log(method, error, started_ns)
                 await status.abort(context, error)
 
         return guarded
@@ -130,41 +122,16 @@ class GateInterceptor(grpc.aio.ServerInterceptor):
         return await continuation(handler_call_details)
 
 
-class _ErrorLog:
-    """Logs what went wrong: each kind once, its repetitions as a number every now and then."""
-
-    def __init__(self) -> None:
-        self._more: dict[tuple[str, type[Exception]], int] = {}
-
-    def note(self, method: str, error: Exception, started_ns: int) -> None:
-        """Log an error, or count it."""
-        if isinstance(error, NotImplementedError | CancelledError):
-            return
-        spent_ms = (time.monotonic_ns() - started_ns) / 1e6
-        if not isinstance(error, HashlensError):
-            logger.error("%s failed after %.1f ms", method, spent_ms, exc_info=error)
-            return
-        if error.is_input_error:
-            return
-        kind = (method, type(error))
-        if kind in self._more:
-            self._more[kind] += 1
-            return
-        if len(self._more) < _MAX_KINDS:  # A stranger may make up names of methods.
-            self._more[kind] = 0
-            asyncio.get_running_loop().call_later(_REPEAT_S, self._sum_up, kind)
+def _log(method: str, error: Exception, started_ns: int) -> None:
+    if isinstance(error, NotImplementedError | CancelledError):
+        return
+    spent_ms = (time.monotonic_ns() - started_ns) / 1e6
+    if not isinstance(error, HashlensError):
+        logger.error("%s failed after %.1f ms", method, spent_ms, exc_info=error)
+    elif not error.is_input_error:
         logger.warning(
             "%s: %s after %.1f ms: %s", method, type(error).__name__, spent_ms, error.message
         )
-
-    def _sum_up(self, kind: tuple[str, type[Exception]]) -> None:
-        n = self._more.pop(kind)
-        if n:
-            method, error = kind
-            logger.warning("%s: %s, %d times more in %g s", method, error.__name__, n, _REPEAT_S)
-            # One that goes on is not news: only its number is.
-            self._more[kind] = 0
-            asyncio.get_running_loop().call_later(_REPEAT_S, self._sum_up, kind)
 
 
 def _reading(

@@ -25,6 +25,7 @@ from hashlens.rpc.metrics import Metric, exposed
 from hashlens.rpc.ports import bind
 from hashlens.rpc.reflection import reflect
 from hashlens.rpc.server_config import ServerConfig
+from hashlens.rpc.server_metrics import server_metrics
 from hashlens.rpc.side_servers import side_servers
 from hashlens.rpc.stop_signals import stop_signals
 from hashlens.rpc.telemetry import Telemetry
@@ -146,7 +147,9 @@ async def serve(config: ServerConfig, service: Service) -> None:
                 checks.note(service.state(), is_open=True)
                 said = {"listening": address, "pid": os.getpid()}
                 if config.metrics_listen:
-                    source = telemetry.collecting(service.metrics)
+                    source = telemetry.collecting(
+                        service.metrics, lambda: server_metrics(admission, watchdog)
+                    )
                     said["metrics"] = metrics.enter_context(exposed(config.metrics_listen, source))
                     logger.info("metrics on http://%s/metrics", said["metrics"])
                 sys.stdout.write(json.dumps(said) + "\n")

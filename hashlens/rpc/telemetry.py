@@ -81,11 +81,12 @@ class Telemetry(grpc.aio.ServerInterceptor):
                 sample_ratio=config.trace_sample_ratio,
             )
 
-    def collecting(self, service: Source) -> Source:
-        """Return what Prometheus is told of the server, its process, and the service in it."""
+    def collecting(self, *others: Source) -> Source:
+        """Return what Prometheus is told: of calls, the process, and what others say."""
 
         def collect() -> Iterator[Metric]:
-            yield from service()
+            for source in others:
+                yield from source()
             for family in (self._calls, self._seconds, self._in_flight, self._refusals):
                 yield family.collect()
             yield from logs.collect()

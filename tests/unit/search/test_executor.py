@@ -456,6 +456,22 @@ def test_an_answer_does_not_wait_for_a_slow_neighbour(executor: Executor) -> Non
     asyncio.run(scenario())
 
 
+def test_one_job_that_took_long_does_not_refuse_the_next(roomy: Executor) -> None:
+    async def scenario() -> None:
+        await roomy.run(lambda cancel: time.sleep(0.5))  # As compiling a kernel does.
+        gate = Gate()
+        first = asyncio.create_task(roomy.run(gate))
+        await begun(gate.began)
+        others = [
+            asyncio.create_task(roomy.run(lambda cancel: None, deadline_s=2)) for _ in range(30)
+        ]
+        await asyncio.sleep(0.01)
+        gate.free.set()
+        await asyncio.gather(first, *others)
+
+    asyncio.run(scenario())
+
+
 def test_who_would_wait_too_long_is_refused_at_once(executor: Executor) -> None:
     async def scenario() -> None:
         # As long as nothing was measured, nothing is refused for its deadline.
