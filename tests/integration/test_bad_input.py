@@ -248,18 +248,6 @@ def test_bad_requests(
     assert got[2]
 
 
-def test_streams_are_not_served_yet(
-    search_stub: spb_grpc.SearchServiceStub, encoder_stub: enc_grpc.EncoderServiceStub
-) -> None:
-    for call in (
-        search_stub.UpsertStream(iter([spb.UpsertStreamRequest()]), timeout=20),
-        encoder_stub.EncodeStream(iter([enc.EncodeStreamRequest()]), timeout=20),
-    ):
-        with pytest.raises(grpc.RpcError) as caught:
-            list(call)
-        assert caught.value.code() is Code.UNIMPLEMENTED
-
-
 @pytest.mark.parametrize(
     "image",
     [b"", b"no image at all", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff" + bytes(1000)],
