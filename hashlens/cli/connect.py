@@ -121,7 +121,7 @@ def connected(search_target: str, encoder_target: str) -> Iterator[Client]:
 
 def last_words(detail: str) -> str:
     """Return what says most of gRPC's chain of causes: the last, such as `Connection refused`."""
-    return detail.removesuffix(": OK").rpartition(": ")[2]
+    return detail.removesuffix(": OK").rpartition(": ")[2].rstrip(".")
 
 
 def what_to_do(states: Iterable[ServiceHealth], security: ChannelSecurity) -> str:
@@ -133,7 +133,7 @@ def what_to_do(states: Iterable[ServiceHealth], security: ChannelSecurity) -> st
     if not security.is_tls:
         return f"{advice} If they use TLS, name who signs their certificates with --tls-ca."
     return (
-        f"{advice} The last words: {last_words(silent[0].detail).rstrip('.')}. Is --tls-ca who signed their "
+        f"{advice} The last words: {last_words(silent[0].detail)}. Is --tls-ca who signed their "
         "certificates, with the name that is called (else --tls-name)? Do they want a "
         "certificate of yours (--tls-cert, --tls-key)?"
     )
