@@ -223,6 +223,10 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):
             method: refusing(lambda lane=lane: _full(lane))  # type: ignore[misc]
             for method, lane in admission.lanes.items()
         }
+        self._refusals_of_bytes = {
+            method: refusing(lambda lane=lane: _no_room(lane))  # type: ignore[misc]
+            for method, lane in admission.lanes.items()
+        }
 
     async def intercept_service(
         self,
@@ -249,7 +253,7 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):
             place = await admission.intake.waited_place()
         if place is None:
             lane.n_refused += 1
-            return self._refusals[method]
+            return self._refusals_of_bytes[method]
         call.task.add_done_callback(lambda _: place.leave())
         one = _One(admission, call, handler, place.filled)
         # gRPC reads the request of a plain handler by itself, and nobody can stop it. The other
@@ -283,8 +287,16 @@ def _free(admission: Admission, handler: Handler | None) -> Handler | None:
 
 def _full(lane: Lane) -> HashlensError:
     return OverloadedError(
-        f"{lane.max_in_flight} calls of {lane.method.rpartition('/')[2]} are in the works, or too "
-        "many bytes of requests: come back later, or ask another replica",
+        f"{lane.max_in_flight} calls of {lane.method.rpartition('/')[2]} are in the works, as many "
+        "as may be (method_limits): come back later, or ask another replica",
+        retry_after_s=lane.retry_after_s(),
+    )
+
+
+def _no_room(lane: Lane) -> HashlensError:
+    return OverloadedError(
+        "the requests that are read or in the works hold all bytes that they may "
+        "(max_bytes_in_flight): come back later, or ask another replica",
         retry_after_s=lane.retry_after_s(),
     )
 

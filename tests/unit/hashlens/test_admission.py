@@ -161,6 +161,7 @@ def test_one_more_than_the_limit_is_refused_unparsed_and_others_are_not_held_up(
             await _until(lambda: bed.handlers.n_begun == 2)
             error = await _refused(bed.call(UNARY, bytes(1000)))
             assert "2 calls of Unary" in error.message
+            assert "method_limits" in error.message
             assert bed.handlers.n_parsed == 2
             lane = bed.admission.lanes[UNARY]
             assert (lane.in_flight, lane.n_admitted, lane.n_refused) == (2, 2, 1)
@@ -293,6 +294,8 @@ def test_bytes_in_flight_are_bounded_and_what_waits_too_long_is_refused(
             large = bytes(MESSAGE_BYTES - 100)
             calls = [asyncio.ensure_future(_outcome(bed.call(UNARY, large))) for _ in range(10)]
             await _until(lambda: sum(call.done() for call in calls) == 7)
+            error = await _refused(bed.call(UNARY, large))
+            assert "max_bytes_in_flight" in error.message
             assert bed.handlers.n_begun == 3
             assert 0 < bed.admission.intake.held_bytes <= 3 * MESSAGE_BYTES
             gate.set()
