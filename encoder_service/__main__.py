@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -30,4 +31,13 @@ def main(config: EncoderConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m encoder_service")
+    try:
+        main(prog_name="python -m encoder_service")
+    except SystemExit as end:
+        # All is closed. What the interpreter would still take down are PyTorch's libraries, and
+        # Triton, where it is installed, then writes a page about itself into the log.
+        if isinstance(end.code, int):
+            logging.shutdown()
+            sys.stdout.flush()
+            os._exit(end.code)
+        raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +12,7 @@ import click
 from hashlens.client import Client, ClientConfig, wire
 from hashlens.errors import UnavailableError
 from hashlens.rpc.channel import ChannelSecurity
+from hashlens.types import ServiceHealth
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -118,6 +119,26 @@ def connected(search_target: str, encoder_target: str) -> Iterator[Client]:
             ) from error
 
 
+def last_words(detail: str) -> str:
+    """Return what says most of gRPC's chain of causes: the last, such as `Connection refused`."""
+    return detail.removesuffix(": OK").rpartition(": ")[2].rstrip(".")
+
+
+def what_to_do(states: Iterable[ServiceHealth], security: ChannelSecurity) -> str:
+    """Return what helps against services that do not serve."""
+    silent = [state for state in states if not state.answered]
+    if not silent:
+        return "It is there and lets no call through: `hashlens health -v` says why."
+    advice = "Start both with `hashlens up`, or say where they are with --encoder and --search."
+    if not security.is_tls:
+        return f"{advice} If they use TLS, name who signs their certificates with --tls-ca."
+    return (
+        f"{advice} The last words: {last_words(silent[0].detail)}. Is --tls-ca who signed their "
+        "certificates, with the name that is called (else --tls-name)? Do they want a "
+        "certificate of yours (--tls-cert, --tls-key)?"
+    )
+
+
 def _explained(
     error: UnavailableError,
     client: Client,
@@ -125,11 +146,7 @@ def _explained(
     encoder_target: str,
     security: ChannelSecurity,
 ) -> UnavailableError:
-    away = {
-        state.target: state.detail
-        for state in client.health(deadline_s=PROBE_S)
-        if not state.serving
-    }
+    away = {state.target: state for state in client.health(deadline_s=PROBE_S) if not state.serving}
     names = [
         f"the {name} service at {target}"
         for name, target in (("encoder", encoder_target), ("search", search_target))
@@ -137,13 +154,6 @@ def _explained(
     ]
     if not names:
         return error
-    if security.is_tls:
-        # Of gRPC's chain of causes, the last says most.
-        reason = next(iter(away.values())).rpartition(": ")[2]
-        advice = f"The last words: {reason}. The certificates are those of --tls-ca, --tls-cert?"
-    else:
-        advice = "If they use TLS, name who signs their certificates with --tls-ca."
-    return UnavailableError(
-        f"{' and '.join(names)} cannot be reached. Start both with `hashlens up`, or say where "
-        f"they are with --encoder and --search. {advice}"
-    )
+    can = "cannot be reached" if any(not s.answered for s in away.values()) else "does not serve"
+    advice = what_to_do(away.values(), security)
+    return UnavailableError(f"{' and '.join(names)} {can}. {advice}")

@@ -8,7 +8,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from hashlens.cli.connect import client_config, targets
+from hashlens.cli.connect import client_config, last_words, targets, what_to_do
 from hashlens.cli.text import console, printable
 from hashlens.client import Client
 from hashlens.types import ServiceHealth
@@ -30,7 +30,8 @@ def health(
 
     The exit status is 0 only if all do; with -v, only if all are ready.
     """
-    with Client(search_target, encoder_target, config=client_config()) as client:
+    config = client_config()
+    with Client(search_target, encoder_target, config=config) as client:
         states = {state.target: state for state in client.health()}
     rows = [
         (name, states[target])
@@ -42,6 +43,7 @@ def health(
             {
                 "service": name,
                 "target": state.target,
+                "answered": state.answered,
                 "serving": state.serving,
                 "detail": state.detail,
                 "ready": state.ready,
@@ -54,22 +56,30 @@ def health(
     else:
         table = Table("service", "address", "state", "detail", box=None, pad_edge=False)
         for name, state in rows:
-            word, style = ("serving", "green") if state.serving else ("away", "red")
-            # Of gRPC's chain of causes, the last says most: `Connection refused`, say.
-            detail = "" if state.serving else printable(state.detail.rpartition(": ")[2])
-            if verbose and state.serving:
-                word, style = _verdict(state)
+            word, style = _verdict(state) if verbose else _serves(state)
+            detail = "" if state.answered else printable(last_words(state.detail))
             if verbose and state.reasons:
                 detail = printable("; ".join(state.reasons))
             table.add_row(name, printable(state.target), Text(word, style), Text(detail, "dim"))
         console().print(table)
-        if not ok:
-            click.echo("Start both with `hashlens up`.", err=True)
+        if any(not state.answered for _, state in rows):
+            click.echo(what_to_do((state for _, state in rows), config.security), err=True)
+        elif not ok and not verbose:
+            click.echo("`hashlens health -v` says why.", err=True)
     ctx.exit(0 if ok else 1)
 
 
+def _serves(state: ServiceHealth) -> tuple[str, str]:
+    """Return in a word whether a service serves, and its colour."""
+    if state.serving:
+        return "serving", "green"
+    return ("not serving", "yellow") if state.answered else ("away", "red")
+
+
 def _verdict(state: ServiceHealth) -> tuple[str, str]:
-    """Return in a word how a service is that serves, and its colour."""
+    """Return in a word how a service is, and its colour."""
+    if not state.serving:
+        return _serves(state)
     if not state.live:
         return "stuck", "red"
     return ("ready", "green") if state.ready else ("not ready", "yellow")

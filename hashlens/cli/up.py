@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from hashlens.cli.connect import client_config, secured
+from hashlens.cli.connect import ENCODER_METRICS, SEARCH_METRICS, client_config, secured
 from hashlens.cli.extras import require
 from hashlens.cli.processes import Services, ServicesConfig, interruptible, running
 from hashlens.cli.text import console, counted, printable
@@ -132,12 +132,13 @@ def _greet(services: Services, config: ServicesConfig) -> None:
 Hashlens is up.
   encoder  {services.encoder}   {model.backbone}, {model.n_bits} bits, {model.device}
   search   {services.search}   {counted(len(found), "collection")}, {counted(items, "item")}
-  metrics  {services.encoder_metrics} and {services.search_metrics}, see `hashlens top`
+  metrics  {services.encoder_metrics} and {services.search_metrics}
   data     {printable(str(config.data))}
 
 Next, in another terminal:
   hashlens index ~/Pictures{_flags(services)}
   hashlens search cat.jpg -k 20{_flags(services)}
+  hashlens top{_metrics_flags(services)}
 
 Ctrl-C stops both. Nothing is lost.
 """
@@ -163,11 +164,24 @@ def _metrics_beside(listen: str) -> str:
 
 def _flags(services: Services) -> str:
     """Return what a command needs to find services that are not where it looks."""
-    flags = ""
-    for option, target, usual in (
+    return _unusual(
         ("--encoder", services.encoder, wire.ENCODER_TARGET),
         ("--search", services.search, wire.SEARCH_TARGET),
-    ):
-        if target != usual:
-            flags += f" {option} {shlex.quote(target)}"
-    return flags
+    )
+
+
+def _metrics_flags(services: Services) -> str:
+    """Return what `hashlens top` needs, likewise."""
+    return _unusual(
+        ("--encoder-metrics", services.encoder_metrics, ENCODER_METRICS),
+        ("--search-metrics", services.search_metrics, SEARCH_METRICS),
+    )
+
+
+def _unusual(*options: tuple[str, str | None, str]) -> str:
+    """Return those of some options whose value is there and not the usual one."""
+    return "".join(
+        f" {option} {shlex.quote(value)}"
+        for option, value, usual in options
+        if value and value != usual
+    )

@@ -83,7 +83,11 @@ class AsyncClient(AsyncItemCalls, AsyncSearchCalls):
                     else:
                         trailing = trailing or await call.trailing_metadata()
             except HashlensError as error:
-                found.append(ServiceHealth(target=target, serving=False, detail=error.message))
+                found.append(
+                    ServiceHealth(
+                        target=target, serving=False, detail=error.message, answered=False
+                    )
+                )
             else:
                 found.append(wire.health_of(target, replies, trailing))
             finally:

@@ -81,7 +81,11 @@ class Client(ItemCalls, SearchCalls):
                         replies.append(reply)
                         trailing = trailing or call.trailing_metadata()
             except HashlensError as error:
-                found.append(ServiceHealth(target=target, serving=False, detail=error.message))
+                found.append(
+                    ServiceHealth(
+                        target=target, serving=False, detail=error.message, answered=False
+                    )
+                )
             else:
                 found.append(wire.health_of(target, replies, trailing))
             finally:

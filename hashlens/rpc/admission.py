@@ -8,7 +8,9 @@ failed, aborted, cancelled by its caller, or never begun because its request did
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import random
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -17,7 +19,7 @@ from typing import Any, Final, cast
 
 import grpc
 
-from hashlens.errors import DeadlineError, HashlensError, OverloadedError
+from hashlens.errors import DeadlineError, HashlensError, InvalidInputError, OverloadedError
 from hashlens.rpc import status
 from hashlens.rpc.decoding import parsed
 from hashlens.rpc.intake import Intake
@@ -34,6 +36,16 @@ _SWEEP_S: Final = 1.0
 _OVERTIME_S: Final = 2.0
 """Beyond its deadline, for a handler that ends by itself to do so."""
 
+_FREE_READS: Final = 4
+"""Requests of methods without a limit that are read at a time. They come from anybody, each may be
+as long as a message can be, and an honest one is read at once."""
+
+_FREE_BYTES: Final = 1 << 16
+"""Longest of them that is taken."""
+
+_FREE_PATIENCE_S: Final = 0.25
+"""How long such a request may take while others wait for its turn."""
+
 
 @dataclass(slots=True, eq=False)
 class Lane:
@@ -42,6 +54,8 @@ class Lane:
     method: str
     """Full path."""
     max_in_flight: int
+    has_end: bool = True
+    """Whether a call whose client sets no deadline gets the default one."""
     in_flight: int = 0
     """Calls that have been admitted and are not over."""
     n_admitted: int = 0
@@ -72,6 +86,8 @@ class _Call:
     began_s: float
     ends_s: float
     """When it is ended whatever it does; on the clock of `time.monotonic`."""
+    around: contextvars.Context
+    """The context variables of its task."""
     context: Context | None = None
 
 
@@ -82,7 +98,8 @@ class Admission:
     Parameters
     ----------
     limits
-        Calls of each method at a time, by full path. Other methods are always let in: health.
+        Calls of each method at a time, by full path. Other methods are always let in: health. A
+        few of their requests are read at a time, beside those that `intake` counts.
     intake
         How many bytes of requests.
     request_s
@@ -97,26 +114,41 @@ class Admission:
     default_deadline_s: float
     lanes: dict[str, Lane] = field(init=False)
     """By full path."""
+    free: Lane = field(init=False)
+    """Stands for all other methods."""
+    free_intake: Intake = field(init=False)
     _calls: set[_Call] = field(init=False, default_factory=set)
     _cutting: set[asyncio.Task[None]] = field(init=False, default_factory=set)
     _is_sweeping: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.lanes = {method: Lane(method, limit) for method, limit in self.limits.items()}
+        self.free = Lane("/other", sys.maxsize, has_end=False)
+        message_bytes = self.intake.max_message_bytes
+        self.free_intake = Intake(
+            max_bytes=_FREE_READS * message_bytes,
+            max_message_bytes=message_bytes,
+            request_s=self.request_s,
+            patience_s=_FREE_PATIENCE_S,
+        )
 
     def admit(self, lane: Lane) -> _Call:
         """Take a place for the running task, until it ends."""
         task = asyncio.current_task()
         assert task is not None
         began_s = time.monotonic()
-        call = _Call(lane, task, began_s, began_s + self.request_s + _OVERTIME_S)
+        ends_s = began_s + self.request_s + _OVERTIME_S
+        call = _Call(lane, task, began_s, ends_s, contextvars.copy_context())
         lane.in_flight += 1
         lane.n_admitted += 1
         self._calls.add(call)
         task.add_done_callback(lambda _: self._over(call))
         if not self._is_sweeping:
             self._is_sweeping = True
-            asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
+            # It is not this call's: what it does for others must not be told of this one.
+            asyncio.get_running_loop().call_later(
+                _SWEEP_S, self._sweep, context=contextvars.Context()
+            )
         return call
 
     def begin(self, call: _Call, context: Context) -> None:
@@ -133,7 +165,8 @@ class Admission:
         if left_s is not None and left_s <= 0:
             call.lane.n_expired += 1
             raise DeadlineError("the deadline passed before the call was begun")
-        left_s = self.default_deadline_s if left_s is None else left_s
+        if left_s is None:
+            left_s = self.default_deadline_s if call.lane.has_end else float("inf")
         call.ends_s = time.monotonic() + left_s + _OVERTIME_S
 
     def begin_stream(self, call: _Call, context: Context) -> None:
@@ -156,7 +189,7 @@ class Admission:
             if call.context is None:
                 call.task.cancel()
             else:
-                cutting = asyncio.create_task(_cut(call.context, call.task))
+                cutting = asyncio.create_task(_cut(call.context, call.task), context=call.around)
                 self._cutting.add(cutting)
                 cutting.add_done_callback(self._cutting.discard)
         self._is_sweeping = bool(self._calls)
@@ -190,6 +223,10 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):
             method: refusing(lambda lane=lane: _full(lane))  # type: ignore[misc]
             for method, lane in admission.lanes.items()
         }
+        self._refusals_of_bytes = {
+            method: refusing(lambda lane=lane: _no_room(lane))  # type: ignore[misc]
+            for method, lane in admission.lanes.items()
+        }
 
     async def intercept_service(
         self,
@@ -201,7 +238,7 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         lane = admission.lanes.get(method)
         if lane is None:
-            return await continuation(handler_call_details)
+            return _free(admission, await continuation(handler_call_details))
         if lane.in_flight >= lane.max_in_flight:
             lane.n_refused += 1
             return self._refusals[method]
@@ -216,7 +253,7 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):
             place = await admission.intake.waited_place()
         if place is None:
             lane.n_refused += 1
-            return self._refusals[method]
+            return self._refusals_of_bytes[method]
         call.task.add_done_callback(lambda _: place.leave())
         one = _One(admission, call, handler, place.filled)
         # gRPC reads the request of a plain handler by itself, and nobody can stop it. The other
@@ -224,10 +261,42 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):
         return one.watched(place.cut_s) if place.is_scarce else one.plain()
 
 
+def _free(admission: Admission, handler: Handler | None) -> Handler | None:
+    """Return a handler of a method without a limit that waits for its turn to read."""
+    if handler is None or handler.request_streaming:
+        return handler
+
+    async def stream(requests: Any, context: Context) -> AsyncIterator[Any]:
+        place = admission.free_intake.place() or await admission.free_intake.waited_place()
+        if place is None:
+            raise OverloadedError("too many requests are on their way: come back later")
+        call = admission.admit(admission.free)
+        call.task.add_done_callback(lambda _: place.leave())
+
+        def read(n_bytes: int) -> None:
+            place.leave()  # What is short does not count, however long its call goes on.
+            if n_bytes > _FREE_BYTES:
+                raise InvalidInputError(f"a request of this call has at most {_FREE_BYTES} bytes")
+
+        one = _One(admission, call, handler, read)
+        async for reply in one.read_and_answered(context, place.cut_s):
+            yield reply
+
+    return grpc.stream_stream_rpc_method_handler(stream, None, handler.response_serializer)
+
+
 def _full(lane: Lane) -> HashlensError:
     return OverloadedError(
-        f"{lane.max_in_flight} calls of {lane.method.rpartition('/')[2]} are in the works, or too "
-        "many bytes of requests: come back later, or ask another replica",
+        f"{lane.max_in_flight} calls of {lane.method.rpartition('/')[2]} are in the works, as many "
+        "as may be (method_limits): come back later, or ask another replica",
+        retry_after_s=lane.retry_after_s(),
+    )
+
+
+def _no_room(lane: Lane) -> HashlensError:
+    return OverloadedError(
+        "the requests that are read or in the works hold all bytes that they may "
+        "(max_bytes_in_flight): come back later, or ask another replica",
         retry_after_s=lane.retry_after_s(),
     )
 
@@ -272,16 +341,22 @@ class _One:
             How much longer to wait, asked for again and again.
         """
 
-        async def stream(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
-            data = await self._read(context, cut_s)
-            if self.handler.response_streaming:
-                async for reply in self._replies(data, context):
-                    yield reply
-            else:
-                yield await self._reply(data, context)
+        def stream(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+            return self.read_and_answered(context, cut_s)
 
         serialize = self.handler.response_serializer
         return grpc.stream_stream_rpc_method_handler(stream, None, serialize)
+
+    async def read_and_answered(
+        self, context: Context, cut_s: Callable[[], float]
+    ) -> AsyncIterator[Any]:
+        """Yield the replies; see `watched`."""
+        data = await self._read(context, cut_s)
+        if self.handler.response_streaming:
+            async for reply in self._replies(data, context):
+                yield reply
+        else:
+            yield await self._reply(data, context)
 
     async def _read(self, context: Context, cut_s: Callable[[], float]) -> bytes:
         reading = asyncio.ensure_future(context.read())

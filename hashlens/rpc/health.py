@@ -11,7 +11,7 @@ from typing import Any, Final
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from hashlens.errors import NotFoundError, OverloadedError
+from hashlens.errors import NotFoundError, UnimplementedError
 
 LIVENESS: Final = "liveness"
 """Restart the process if this one is not serving."""
@@ -23,6 +23,10 @@ REASONS_KEY: Final = "hashlens-reasons-bin"
 """Trailing metadata of a check: what there is to say, a JSON list of sentences as UTF-8."""
 
 _MAX_WATCHES: Final = 1000
+
+_LAST_S: Final = 0.4
+"""Between the last status of a watch and its end: a client whose watch ends while its connection
+takes calls begins another at once, and the next."""
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -104,7 +108,9 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         """Stream a status until the caller leaves or the server stops."""
         if self._n_watches >= _MAX_WATCHES:
-            raise OverloadedError("too many watch already: ask with Check", retry_after_s=5.0)
+            # Of all statuses, the one with which a channel that watches goes on without: any other
+            # tells it that the server cannot be used.
+            raise UnimplementedError("too many watch already: ask with Check")
         self._n_watches += 1
         try:
             last = None
@@ -115,6 +121,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
                     yield health_pb2.HealthCheckResponse(status=status)
                     last = status
                 if is_over:
+                    await asyncio.sleep(_LAST_S)
                     return
                 await changed.wait()
         finally:

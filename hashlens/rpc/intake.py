@@ -38,7 +38,10 @@ class Place:
 
     def cut_s(self) -> float:
         """Return how much longer the request may take to arrive, in seconds."""
-        allowed_s = _PATIENCE_S if self._intake.n_waiting else self._intake.request_s
+        intake = self._intake
+        allowed_s = intake.request_s
+        if intake.n_waiting:
+            allowed_s = _PATIENCE_S if intake.patience_s is None else intake.patience_s
         return self.began_s + allowed_s - time.monotonic()
 
 
@@ -53,14 +56,24 @@ class Intake:
         Largest request; no more than `max_bytes`.
     request_s
         Longest for a request to arrive, in seconds.
+    patience_s
+        Longest while others wait for its place, in seconds; None for a usual time.
     """
 
-    def __init__(self, *, max_bytes: int, max_message_bytes: int, request_s: float) -> None:
+    def __init__(
+        self,
+        *,
+        max_bytes: int,
+        max_message_bytes: int,
+        request_s: float,
+        patience_s: float | None = None,
+    ) -> None:
         self.max_bytes = max_bytes
+        self.max_message_bytes = max_message_bytes
         self.request_s = request_s
+        self.patience_s = patience_s
         self.held_bytes = 0
         """What is held, or may soon be."""
-        self._message_bytes = max_message_bytes
         self._reading: set[Place] = set()
         self._waiting: deque[asyncio.Future[Place]] = deque()
 
@@ -102,11 +115,11 @@ class Intake:
         self._wake()
 
     def _taken(self) -> Place | None:
-        if self.held_bytes + self._message_bytes > self.max_bytes:
+        if self.held_bytes + self.max_message_bytes > self.max_bytes:
             return None
-        self.held_bytes += self._message_bytes
+        self.held_bytes += self.max_message_bytes
         is_scarce = 2 * self.held_bytes > self.max_bytes
-        place = Place(self, self._message_bytes, is_scarce=is_scarce)
+        place = Place(self, self.max_message_bytes, is_scarce=is_scarce)
         self._reading.add(place)
         return place
 

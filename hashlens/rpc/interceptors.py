@@ -125,6 +125,10 @@ class GateInterceptor(grpc.aio.ServerInterceptor):
 def _log(method: str, error: Exception, started_ns: int) -> None:
     if isinstance(error, NotImplementedError | CancelledError):
         return
+    if isinstance(error, UnavailableError) and error.elsewhere:
+        # A start or a stop is no fault; and what is refused before anybody looks at it, a name of
+        # a method that we do not have included, is not for the log.
+        return
     spent_ms = (time.monotonic_ns() - started_ns) / 1e6
     if not isinstance(error, HashlensError):
         logger.error("%s failed after %.1f ms", method, spent_ms, exc_info=error)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from hashlens.rpc.admission import Admission
 from hashlens.rpc.metrics import CounterMetricFamily, GaugeMetricFamily, Metric, gauge
+from hashlens.rpc.telemetry import label_of
 from hashlens.rpc.watchdog import LoopWatchdog
 
 
@@ -20,7 +21,7 @@ def server_metrics(admission: Admission, watchdog: LoopWatchdog) -> Iterator[Met
         labels=["method"],
     )
     for path, lane in admission.lanes.items():
-        method = path.rpartition("/")[2]
+        method = label_of(path)
         limits.add_metric([method], lane.max_in_flight)
         cut.add_metric([method], lane.n_cut)
     yield limits

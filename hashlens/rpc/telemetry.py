@@ -238,13 +238,19 @@ class _Method:
         self.is_health = label.startswith("Health/")
 
 
+def label_of(path: str) -> str:
+    """Return what metrics and logs call the method of a full path: service and method."""
+    return path.rpartition(".")[2]
+
+
 def _labels(names: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Return the path and the label of each method of these services."""
     pool = descriptor_pool.Default()
     for name in names:
         service = pool.FindServiceByName(name)
         for method in service.methods:
-            yield f"/{name}/{method.name}", f"{service.name}/{method.name}"
+            path = f"/{name}/{method.name}"
+            yield path, label_of(path)
 
 
 def _code_of(context: _Context, error: BaseException | None) -> str:

@@ -25,6 +25,8 @@ _TOKEN: Final = re.compile(r"[A-Za-z0-9\-._~+/]+=*")  # RFC 6750, section 2.1
 _MAX_TOKEN_CHARACTERS: Final = 4096
 _HASHED: Final = re.compile(r"sha256:([0-9a-fA-F]{64})")
 _ADVICE: Final = "`openssl rand -hex 32` makes a good one"
+_FORM: Final = "a line is SCOPE TOKEN [NAME]"
+_HASH: Final = "`sha256sum` prints them, of the token without a line break"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,16 +116,16 @@ class Tokens:
 
 def _grant_of(number: int, words: list[str]) -> Grant:
     if not 2 <= len(words) <= 3:
-        raise _bad_line(number, "is not SCOPE TOKEN [NAME]")
+        raise _bad_line(number, "is not SCOPE TOKEN [NAME]", "a scope is read, write or admin")
     try:
         scope = Scope[words[0].upper()]
     except KeyError:
-        raise _bad_line(number, "does not begin with read, write or admin") from None
+        raise _bad_line(number, "does not begin with read, write or admin", _FORM) from None
     name = words[2] if len(words) == 3 else f"of line {number}"
     if words[1].startswith("sha256:"):
         hashed = _HASHED.fullmatch(words[1])
         if hashed is None:
-            raise _bad_line(number, "has a sha256: without 64 hex digits")
+            raise _bad_line(number, "has a sha256: without 64 hex digits", _HASH)
         return Grant(scope, name, bytes.fromhex(hashed[1]))
     if not _TOKEN.fullmatch(words[1]):
         raise _bad_line(number, "has a token of other characters than letters, digits and -._~+/=")
@@ -134,5 +136,5 @@ def _grant_of(number: int, words: list[str]) -> Grant:
     return Grant(scope, name, hashlib.sha256(words[1].encode()).digest())
 
 
-def _bad_line(number: int, what: str) -> InvalidInputError:
-    return InvalidInputError(f"line {number} {what}; {_ADVICE}.", field="tokens")
+def _bad_line(number: int, what: str, advice: str = _ADVICE) -> InvalidInputError:
+    return InvalidInputError(f"line {number} {what}; {advice}.", field="tokens")

@@ -143,3 +143,5 @@ class ServiceHealth:
     """Whether it can help itself; if not, it has to be started anew."""
     reasons: tuple[str, ...] = ()
     """Why it is not ready, or what else there is to say."""
+    answered: bool = True
+    """Whether there was an answer at all; if not, `detail` says what there was instead."""

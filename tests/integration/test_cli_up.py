@@ -119,6 +119,8 @@ def test_ctrl_c_stops_it_and_nothing_is_lost(tmp_path: Path, pictures: Path) -> 
     with Up(tmp_path) as up:
         assert len(up.children) >= 3, "two services and the store"
         assert up.run("health")["serving"]
+        (command,) = re.findall(r"^  hashlens (top .*)$", up.said.read_text(), re.MULTILINE)
+        assert CliRunner().invoke(main, [*command.split(), "--once"]).exit_code == 0
         summary = up.run("index", str(pictures))
         assert (summary["indexed"], summary["items"], summary["failed"]) == (40, 40, [])
         before = answers(up, query)
@@ -131,6 +133,7 @@ def test_ctrl_c_stops_it_and_nothing_is_lost(tmp_path: Path, pictures: Path) -> 
         assert re.search(r"^search  \| ", log, re.MULTILINE)
         assert log.rstrip().endswith("stopped")
         assert "Traceback" not in log
+        assert "leaked" not in log, "what libraries say of themselves at the end"
 
     with Up(tmp_path) as up:
         assert answers(up, query) == before

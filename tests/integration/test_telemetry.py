@@ -90,6 +90,8 @@ def test_calls_are_counted_by_method_and_status(
     assert growth("hashlens_encoder_batch_images_count") == 7
     samples = observed.encoder.scrape()
     assert value(samples, "hashlens_rpc_in_flight", method=method) == 0
+    # Of one name, so that a query can divide the one by the other.
+    assert value(samples, "hashlens_rpc_limit", method=method) == 256
     assert value(samples, "hashlens_encoder_admitted_images") == 0
 
 

@@ -9,8 +9,8 @@ from typing import Any, Self
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor
-from grpc_health.v1 import health, health_pb2_grpc
 
+from hashlens.rpc import health
 from hashlens.rpc.auth import access
 from hashlens.rpc.interceptors import ErrorInterceptor
 from hashlens.rpc.ports import bind
@@ -129,8 +129,9 @@ class SecuredServer:
         enc_grpc.add_EncoderServiceServicer_to_server(_Encoder(), server)  # type: ignore[no-untyped-call]
         spb_grpc.add_SearchServiceServicer_to_server(_Search(), server)  # type: ignore[no-untyped-call]
         rpb_grpc.add_ReplicaServiceServicer_to_server(rpb_grpc.ReplicaServiceServicer(), server)  # type: ignore[no-untyped-call]
-        checks = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+        checks = health.HealthServicer([])
+        health.add_to(server, checks)
+        checks.note(health.ServiceState(), is_open=True)
         if self.config.reflection:
             reflect(server, ["hashlens.v1.EncoderService"])
         self.address = bind(server, self.config)

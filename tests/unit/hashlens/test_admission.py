@@ -12,12 +12,14 @@ import grpc
 import pytest
 from google.protobuf.wrappers_pb2 import BytesValue
 
-from hashlens.errors import InvalidInputError, OverloadedError
-from hashlens.rpc import intake, method_limits
+from hashlens.errors import DeadlineError, InvalidInputError, OverloadedError
+from hashlens.rpc import call, intake, method_limits
 from hashlens.rpc.admission import Admission, AdmissionInterceptor
 from hashlens.rpc.intake import Intake
 from hashlens.rpc.interceptors import ErrorInterceptor
+from hashlens.rpc.server_config import ServerConfig
 from hashlens.rpc.status import error_of_call
+from hashlens.rpc.telemetry import Telemetry
 
 MESSAGE_BYTES = 1 << 20
 UNARY, STREAM, BOTH, FREE = "/t.T/Unary", "/t.T/Stream", "/t.T/Both", "/t.T/Free"
@@ -103,6 +105,7 @@ async def serving(
     max_bytes: int = 64 * MESSAGE_BYTES,
     request_s: float = 30,
     default_deadline_s: float = 30,
+    named: bool = False,
 ) -> AsyncIterator[Bed]:
     admission = Admission(
         dict.fromkeys((UNARY, STREAM, BOTH), limit),
@@ -112,7 +115,11 @@ async def serving(
     )
     handlers = Handlers(act)
     server = grpc.aio.server(
-        interceptors=[ErrorInterceptor(), AdmissionInterceptor(admission)],
+        interceptors=[
+            *([Telemetry(ServerConfig(), ())] if named else []),
+            ErrorInterceptor(),
+            AdmissionInterceptor(admission),
+        ],
         options=[("grpc.max_receive_message_length", MESSAGE_BYTES)],
     )
     server.add_generic_rpc_handlers((handlers,))
@@ -154,6 +161,7 @@ def test_one_more_than_the_limit_is_refused_unparsed_and_others_are_not_held_up(
             await _until(lambda: bed.handlers.n_begun == 2)
             error = await _refused(bed.call(UNARY, bytes(1000)))
             assert "2 calls of Unary" in error.message
+            assert "method_limits" in error.message
             assert bed.handlers.n_parsed == 2
             lane = bed.admission.lanes[UNARY]
             assert (lane.in_flight, lane.n_admitted, lane.n_refused) == (2, 2, 1)
@@ -286,6 +294,8 @@ def test_bytes_in_flight_are_bounded_and_what_waits_too_long_is_refused(
             large = bytes(MESSAGE_BYTES - 100)
             calls = [asyncio.ensure_future(_outcome(bed.call(UNARY, large))) for _ in range(10)]
             await _until(lambda: sum(call.done() for call in calls) == 7)
+            error = await _refused(bed.call(UNARY, large))
+            assert "max_bytes_in_flight" in error.message
             assert bed.handlers.n_begun == 3
             assert 0 < bed.admission.intake.held_bytes <= 3 * MESSAGE_BYTES
             gate.set()
@@ -396,3 +406,51 @@ def test_each_method_of_the_contract_has_a_limit() -> None:
     name, _, limits = list(_contract())[1]
     with pytest.raises(InvalidInputError, match="no method Serch here, but"):
         method_limits.resolve([f"hashlens.v1.{name}"], limits, {"Serch": 1})
+
+
+def test_requests_of_methods_without_a_limit_are_read_in_turn_and_are_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(intake, "_WAIT_S", 5.0)
+
+    async def run() -> None:
+        async with serving() as bed:
+            turns = bed.admission.free_intake
+            silent = [bed.channel.stream_unary(FREE)(timeout=20) for _ in range(4)]
+            await _until(lambda: turns.n_reading == 4)
+            assert turns.held_bytes == turns.max_bytes
+            # Whoever waits is not kept for long by those who do not send.
+            await bed.call(FREE)
+            assert bed.admission.free.n_cut
+            for call in silent:
+                call.cancel()
+            assert await _outcome(bed.call(FREE, bytes(1 << 17))) == "InvalidInputError"
+            await _until(lambda: not turns.held_bytes and not bed.admission.free.in_flight)
+
+    asyncio.run(run())
+
+
+async def _read_out(running: Any) -> None:
+    while await running.read() is not grpc.aio.EOF:
+        pass
+
+
+def test_who_is_cut_is_told_of_its_own_call() -> None:
+    async def run() -> None:
+        async with serving(limit=3, default_deadline_s=0.3, named=True) as bed:
+            stream = bed.channel.unary_stream(STREAM)
+            data = BytesValue(value=bytes(MESSAGE_BYTES // 2)).SerializeToString()
+            calls = {
+                name: stream(data, metadata=[(call.REQUEST_ID, name)]) for name in ("one", "two")
+            }
+            for running in calls.values():
+                await running.read()
+            await bed.settled()
+            for name, running in calls.items():
+                with pytest.raises(grpc.RpcError) as caught:
+                    await _read_out(running)
+                assert isinstance(error_of_call(caught.value), DeadlineError)
+                trailing = dict(await running.trailing_metadata())
+                assert trailing[call.REQUEST_ID] == name
+
+    asyncio.run(run())

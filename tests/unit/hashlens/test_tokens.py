@@ -82,7 +82,7 @@ def test_tokens_are_given_as_they_are_or_hashed(tmp_path: Path) -> None:
         (b"# nothing\n", "no token"),
         (b"read\n", "line 1 is not SCOPE TOKEN"),
         (b"\nread %s a b\n" % READER.encode(), "line 2 is not SCOPE TOKEN"),
-        (b"reed %s\n" % READER.encode(), "read, write or admin"),
+        (b"reed %s\n" % READER.encode(), "read, write or admin; a line is SCOPE TOKEN"),
         (b"read short-secret\n", "fewer than 32"),
         (b"read sha256:abcd\n", "64 hex digits"),
         (b"read %s\xff\n" % READER.encode(), "not UTF-8"),
