@@ -83,7 +83,9 @@ def up(
 
     The store is an embedded one unless you name another. What was acknowledged is kept. Logs go to
     standard error. A second Ctrl-C does not wait for calls in flight. The services take what else
-    they can be told from the environment (HASHLENS_ENCODER_..., HASHLENS_SEARCH_...).
+    they can be told from the environment (HASHLENS_ENCODER_..., HASHLENS_SEARCH_...), also which
+    certificates and tokens they serve with: --tls-... and --token-file are how this command, as a
+    client, asks them.
     """
     require("encoder", "search", purpose="hashlens up")
     data.mkdir(parents=True, exist_ok=True)

@@ -82,7 +82,9 @@ class ServerConfig:
     metrics_listen: str = setting(
         "", "Address and port of /metrics over HTTP, for Prometheus; empty: none."
     )
-    log_level: str = setting("info", "Lowest level that is logged.")
+    log_level: str = setting(
+        "info", "Lowest level that is logged: debug, info, warning, error or critical."
+    )
     log_format: LogFormat = setting("text", "How logs are written.")
     log_burst: int = setting(
         LOG_BURST, "Most like warnings that are logged in ten seconds; 0: all."
@@ -119,7 +121,10 @@ class ServerConfig:
             )
         self._check_security()
         if self.log_level.upper() not in logging.getLevelNamesMapping():
-            raise InvalidInputError(f"log_level {self.log_level!r} is none of logging's")
+            raise InvalidInputError(
+                f"log_level is debug, info, warning, error or critical, not {self.log_level!r}",
+                field="log_level",
+            )
         for name in (
             *("max_message_bytes", "default_deadline_s", "max_connection_age_s"),
             *("max_request_s", "stuck_s", "stall_s", "handshake_s"),

@@ -82,6 +82,7 @@ def test_a_service_that_is_away_is_said_and_told_by_the_status(busy: list[str]) 
     )  # fmt: skip
     assert done.returncode == 1
     assert "127.0.0.1:1  away" in done.stdout
+    assert "--metrics-listen" in done.stderr
     assert "SearchService/Search" in done.stdout
     assert "\x1b" not in done.stdout
 

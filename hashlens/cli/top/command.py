@@ -26,6 +26,11 @@ _LOOK_S = 2.0
 
 _MIN_INTERVAL_S = 0.1
 
+_ADVICE = (
+    "Services have metrics where their --metrics-listen says (`hashlens up` prints where): say so "
+    "here with --encoder-metrics and --search-metrics."
+)
+
 
 @click.command()
 @click.option(
@@ -93,7 +98,10 @@ def top(
             if once:
                 found = _once(look, interval_s)
                 _print(found, as_json)
-                ctx.exit(0 if all(service["up"] for service in found.values()) else 1)
+                all_up = all(service["up"] for service in found.values())
+                if not all_up and not as_json:
+                    click.echo(_ADVICE, err=True)
+                ctx.exit(0 if all_up else 1)
             elif as_json or not console().is_terminal:
                 _print_on(look, interval_s, as_json)
             else:

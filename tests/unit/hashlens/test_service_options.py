@@ -26,6 +26,7 @@ from search_service.storage.connection import connect
         (["--listen", "search.example:1"], "Give --tls-cert and --tls-key"),
         (["--tls-cert", "tls.crt"], "go together"),
         (["--tls-client-ca", "ca.crt"], "needs tls_cert"),
+        (["--log-level", "nope"], "debug, info, warning, error or critical"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
