@@ -20,7 +20,7 @@ def server_metrics(admission: Admission, watchdog: LoopWatchdog) -> Iterator[Met
         labels=["method"],
     )
     for path, lane in admission.lanes.items():
-        method = path.rpartition("/")[2]
+        method = path.rpartition(".")[2]  # As other metrics call it: Service/Method.
         limits.add_metric([method], lane.max_in_flight)
         cut.add_metric([method], lane.n_cut)
     yield limits
