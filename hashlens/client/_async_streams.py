@@ -76,6 +76,13 @@ class _Feed(Generic[T]):
         self._open.is_complete = True
         self._note()
 
+    async def more(self, ends_s: float | None) -> None:
+        """Wait until there is something to send, or nothing will be, or the time is over."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(None if ends_s is None else ends_s - time.monotonic()):
+                while not (len(self._open) or self._open.is_complete):
+                    await self._change()
+
     def answered(self, tag: int) -> None:
         """Note that an answer is here."""
         self._open.answered(tag)
@@ -154,6 +161,10 @@ class AsyncExchange(Generic[T, R]):
                         yield self._read(reply)
                 except grpc.aio.AioRpcError as failure:
                     await asyncio.sleep(self._unanswered.pause_s(_error_of(failure)))
+                    # A call with nothing to send would only be ended again.
+                    await feed.more(ends_s)
+                    if self._unanswered.is_over:
+                        break
                 else:
                     break
                 finally:

@@ -18,6 +18,10 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+_LOOK_S = 1.0
+"""Between two looks at whether a thread still waits for the caller's iterable."""
+
+
 class _Feed(Generic[T]):
     """Takes items from the caller as there is room, for gRPC's threads to send."""
 
@@ -100,12 +104,19 @@ class _Feed(Generic[T]):
             self._open.answered(tag)
             self._changed.notify_all()
 
-    def pause(self, error: HashlensError) -> None:
-        """Wait before the next call, or raise what ended the last one."""
+    def pause(self, error: HashlensError, ends_s: float | None) -> None:
+        """Wait before the next call until there is something to send, or nothing will be, or the
+        time is over; or raise what ended the last one."""
         with self._changed:
             pause_s = self._open.pause_s(error)
-            # Nothing to say yet means no call either.
             self._changed.wait_for(lambda: self._is_closed, pause_s)
+            # A call with nothing to send would only be ended again. But where no thread of the last
+            # one is at the caller's iterable, it takes another call to ask that.
+            while not (len(self._open) or self._open.is_complete) and self._taking.locked():
+                left_s = _LOOK_S if ends_s is None else ends_s - time.monotonic()
+                if left_s <= 0:
+                    return
+                self._changed.wait(min(left_s, _LOOK_S))
 
     def watch(self, longest_s: float, late: Callable[[], None]) -> None:
         """Call `late` when an answer is waited for longer than that; return when closed."""
@@ -182,7 +193,9 @@ class Exchange(Generic[T, R]):
                 except grpc.RpcError as failure:
                     if self._is_late:
                         raise no_answer(self._answer_s) from None
-                    feed.pause(error_of_call(failure))
+                    feed.pause(error_of_call(failure), ends_s)
+                    if self._unanswered.is_over:
+                        break
                 else:
                     break
                 finally:

@@ -60,6 +60,11 @@ class Unanswered:
         """Whether the call of now has all there will be."""
         return self.is_complete and self.n_sent == len(self._held)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether all there will be is answered."""
+        return self.is_complete and not self._held
+
     def add(self, request: Any) -> None:
         """Add one."""
         if not self._held:
@@ -98,10 +103,12 @@ class Unanswered:
 
     def pause_s(self, error: HashlensError) -> float:
         """Return when to go on with another call, in seconds, or raise what ended the last one."""
+        first_s, longest_s = _PAUSE_S
+        if isinstance(error, UnavailableError) and not self._held:
+            return first_s  # A stream that had nothing to do was ended: nothing has failed.
         self._n_failed += 1
         if not isinstance(error, UnavailableError) or self._n_failed >= _TRIES:
             raise error from None
-        first_s, longest_s = _PAUSE_S
         return min(first_s * 2.0 ** (self._n_failed - 1), longest_s)
 
 

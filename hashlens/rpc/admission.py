@@ -89,6 +89,8 @@ class _Call:
     around: contextvars.Context
     """The context variables of its task."""
     context: Context | None = None
+    has_begun: bool = False
+    """Whether its request is there."""
 
 
 @dataclass(eq=False)
@@ -160,6 +162,7 @@ class Admission:
             Too late for anybody.
         """
         call.context = context
+        call.has_begun = True
         # None, whatever the stubs say, when the client set no deadline.
         left_s = cast(float | None, context.time_remaining())
         if left_s is not None and left_s <= 0:
@@ -189,7 +192,9 @@ class Admission:
             if call.context is None:
                 call.task.cancel()
             else:
-                cutting = asyncio.create_task(_cut(call.context, call.task), context=call.around)
+                cutting = asyncio.create_task(
+                    _cut(call.context, call.task, has_begun=call.has_begun), context=call.around
+                )
                 self._cutting.add(cutting)
                 cutting.add_done_callback(self._cutting.discard)
         self._is_sweeping = bool(self._calls)
@@ -197,9 +202,13 @@ class Admission:
             asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
 
 
-async def _cut(context: Context, task: asyncio.Task[Any]) -> None:
+async def _cut(context: Context, task: asyncio.Task[Any], *, has_begun: bool) -> None:
     """End a call from outside: its caller is told, should it ever read again."""
-    error = DeadlineError("the call was over time, and its caller did not read: allow it more")
+    error = DeadlineError(
+        "the call was over time, and its caller did not read: allow it more"
+        if has_begun
+        else "the request did not come in time: send it faster, or less of it"
+    )
     told = asyncio.ensure_future(status.abort(context, error))
     await asyncio.wait([told], timeout=_OVERTIME_S)
     task.cancel()
@@ -256,9 +265,8 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):
             return self._refusals_of_bytes[method]
         call.task.add_done_callback(lambda _: place.leave())
         one = _One(admission, call, handler, place.filled)
-        # gRPC reads the request of a plain handler by itself, and nobody can stop it. The other
-        # kind costs a fifth more, so it is for when places become few.
-        return one.watched(place.cut_s) if place.is_scarce else one.plain()
+        # Waiting for the sweep costs less than looking for oneself, and does where places are many.
+        return one.reading(place.cut_s if place.is_scarce else None)
 
 
 def _free(admission: Admission, handler: Handler | None) -> Handler | None:
@@ -279,7 +287,7 @@ def _free(admission: Admission, handler: Handler | None) -> Handler | None:
                 raise InvalidInputError(f"a request of this call has at most {_FREE_BYTES} bytes")
 
         one = _One(admission, call, handler, read)
-        async for reply in one.read_and_answered(context, place.cut_s):
+        async for reply in one.replies(context, place.cut_s):
             yield reply
 
     return grpc.stream_stream_rpc_method_handler(stream, None, handler.response_serializer)
@@ -325,32 +333,35 @@ class _One:
     filled: Callable[[int], None]
     """Told how long the request is."""
 
-    def plain(self) -> Handler:
-        """Return a handler of the same kind. It parses by itself, so it may do without."""
-        serialize = self.handler.response_serializer
-        if self.handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(self._replies, None, serialize)
-        return grpc.unary_unary_rpc_method_handler(self._reply, None, serialize)
+    def reading(self, cut_s: Callable[[], float] | None) -> Handler:
+        """Return a handler of the kind that reads by itself, and parses by itself.
 
-    def watched(self, cut_s: Callable[[], float]) -> Handler:
-        """Return a handler that gives up on a request which does not come.
+        gRPC reads the request of the other kind, and nobody can end that: neither would its caller
+        be told nor what is there of the request be let go.
 
         Parameters
         ----------
         cut_s
-            How much longer to wait, asked for again and again.
+            How much longer to wait for the request, asked for again and again; None: until the
+            sweep ends the call.
         """
-
-        def stream(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
-            return self.read_and_answered(context, cut_s)
-
         serialize = self.handler.response_serializer
-        return grpc.stream_stream_rpc_method_handler(stream, None, serialize)
+        if self.handler.response_streaming:
 
-    async def read_and_answered(
-        self, context: Context, cut_s: Callable[[], float]
+            def stream(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+                return self.replies(context, cut_s)
+
+            return grpc.stream_stream_rpc_method_handler(stream, None, serialize)
+
+        async def single(requests: AsyncIterator[Any], context: Context) -> Any:
+            return await self._reply(await self._read(context, cut_s), context)
+
+        return grpc.stream_unary_rpc_method_handler(single, None, serialize)
+
+    async def replies(
+        self, context: Context, cut_s: Callable[[], float] | None
     ) -> AsyncIterator[Any]:
-        """Yield the replies; see `watched`."""
+        """Yield the replies; see `reading`."""
         data = await self._read(context, cut_s)
         if self.handler.response_streaming:
             async for reply in self._replies(data, context):
@@ -358,16 +369,20 @@ class _One:
         else:
             yield await self._reply(data, context)
 
-    async def _read(self, context: Context, cut_s: Callable[[], float]) -> bytes:
+    async def _read(self, context: Context, cut_s: Callable[[], float] | None) -> bytes:
+        self.call.context = context
+        data = await (context.read() if cut_s is None else self._read_soon(context, cut_s))
+        if data is grpc.aio.EOF:
+            raise InvalidInputError("the call ended before its request was there: send one")
+        return cast(bytes, data)
+
+    async def _read_soon(self, context: Context, cut_s: Callable[[], float]) -> Any:
         reading = asyncio.ensure_future(context.read())
         try:
             while (left_s := cut_s()) > 0:
                 done, _ = await asyncio.wait([reading], timeout=min(left_s, 0.25))
                 if done:
-                    data = reading.result()
-                    if data is grpc.aio.EOF:
-                        raise DeadlineError("the call ended before its request was there")
-                    return cast(bytes, data)
+                    return reading.result()
             self.call.lane.n_cut += 1
             raise OverloadedError(
                 "the request came too slowly, and others wait to send theirs: send it again",

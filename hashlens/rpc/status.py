@@ -19,6 +19,10 @@ from hashlens.rpc import call
 DETAILS_KEY = "grpc-status-details-bin"
 """Trailing metadata that carries the `google.rpc.Status`."""
 
+_MAX_MESSAGE_BYTES = 1024
+"""Longest message. It travels three times, escaped, in trailing metadata, of which a client takes 8
+KiB for sure: what is longer, quoting the caller for instance, would be RESOURCE_EXHAUSTED there."""
+
 _CODES: dict[type[errors.HashlensError], grpc.StatusCode] = {
     errors.InvalidInputError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.NotFoundError: grpc.StatusCode.NOT_FOUND,
@@ -52,12 +56,13 @@ def status_of(error: BaseException) -> status_pb2.Status:
     code = next(
         (_CODES[cls] for cls in type(error).__mro__ if cls in _CODES), grpc.StatusCode.INTERNAL
     )
-    status = status_pb2.Status(code=code.value[0], message=error.message)
+    message = _short(error.message)
+    status = status_pb2.Status(code=code.value[0], message=message)
     if isinstance(error, errors.InvalidInputError) or (
         isinstance(error, errors.PreconditionError) and error.field
     ):
         violation = error_details_pb2.BadRequest.FieldViolation(
-            field=error.field, description=error.message
+            field=error.field, description=message
         )
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
     elif isinstance(error, errors.OverloadedError):
@@ -65,6 +70,13 @@ def status_of(error: BaseException) -> status_pb2.Status:
         delay.FromNanoseconds(int(error.retry_after_s * 1e9))
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
     return status
+
+
+def _short(message: str) -> str:
+    data = message.encode("utf-8", "replace")
+    if len(data) <= _MAX_MESSAGE_BYTES:
+        return message
+    return data[:_MAX_MESSAGE_BYTES].decode("utf-8", "ignore") + "..."
 
 
 def reason_of(error: BaseException) -> str:

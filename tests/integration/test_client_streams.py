@@ -259,3 +259,30 @@ def test_a_stream_ends_when_no_server_is_there(images: list[bytes]) -> None:
     with client, pytest.raises(UnavailableError):
         rest.extend(results)
     assert all(isinstance(one, Encoded) for one in rest)
+
+
+def test_a_source_that_rests_for_long_is_waited_for(images: list[bytes]) -> None:
+    rest_s = 2.0  # As long as many streams that have nothing to do.
+
+    def slow() -> Iterator[bytes]:
+        yield images[0]
+        time.sleep(rest_s)
+        yield images[1]
+        time.sleep(rest_s)
+
+    async def slow_too() -> AsyncIterator[bytes]:
+        yield images[0]
+        await asyncio.sleep(rest_s)
+        yield images[1]
+        await asyncio.sleep(rest_s)
+
+    async def ask(target: str) -> list[object]:
+        async with AsyncClient(target, target) as peer:
+            return [one async for one in peer.encode_stream(slow_too())]
+
+    with encoder_in_process(EncoderConfig(stream_idle_s=0.1)) as server:
+        with Client(server.target, server.target) as client:
+            found: list[object] = list(client.encode_stream(slow()))
+        found += asyncio.run(ask(server.target))
+    assert len(found) == 4
+    assert all(isinstance(one, Encoded) for one in found)

@@ -454,3 +454,19 @@ def test_who_is_cut_is_told_of_its_own_call() -> None:
                 assert trailing[call.REQUEST_ID] == name
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("method", [UNARY, STREAM])
+def test_who_does_not_send_is_told_also_where_places_are_many(method: str) -> None:
+    async def run() -> None:
+        async with serving(request_s=0.2) as bed:
+            with pytest.raises(grpc.RpcError, match="did not come in time"):
+                await bed.channel.stream_unary(method)(timeout=20)
+            assert bed.admission.lanes[method].n_cut == 1
+            assert (
+                await _outcome(bed.channel.stream_unary(method)(iter(()), timeout=20))
+                == "InvalidInputError"
+            )
+            await bed.settled()
+
+    asyncio.run(run())
