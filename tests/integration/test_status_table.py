@@ -179,9 +179,12 @@ def encoder_overloaded(both: Both) -> None:
     token = (b"authorization", f"Bearer {ADMIN}".encode())
     with Connection(both.encoder_target) as connection:
         headers = call_headers("/hashlens.v1.EncoderService/Encode", token)
-        connection.send(frame(HEADERS, END_HEADERS, 1, headers))
         ends_s = time.monotonic() + CALL_S
+        stream = 1
         while time.monotonic() < ends_s:  # Until it is there; before that, ours is answered.
+            # Again, because it may have been refused itself: while ours was being answered.
+            connection.send(frame(HEADERS, END_HEADERS, stream, headers))
+            stream += 2
             try:
                 encoder_invalid(both)
             except grpc.RpcError as error:
