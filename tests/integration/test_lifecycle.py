@@ -217,7 +217,7 @@ def test_limits_refuse_over_the_wire_with_a_time_to_come_back(ports: Ports) -> N
         held = [ball(channel), ball(channel)]
         for one in held:
             next(one)
-        for _ in range(3):
+        for _ in range(40):
             with pytest.raises(grpc.RpcError) as caught:
                 next(ball(channel))
             error = error_of_call(caught.value)
@@ -237,7 +237,7 @@ def test_limits_refuse_over_the_wire_with_a_time_to_come_back(ports: Ports) -> N
         wait_until(has_room, within_s=10, what="a place is given back")
         held[1].cancel()  # type: ignore[attr-defined]
         log = process.log.read_text()
-        assert log.count("OverloadedError after") == 1, "refusals are not logged one by one"
+        assert 1 <= log.count("OverloadedError after") < 40, "they are not logged one by one"
 
 
 def test_a_limit_of_an_unknown_method_does_not_start(tmp_path: Path) -> None:
