@@ -188,7 +188,6 @@ def soak(minutes: float, rate: float, seed: int, output: Path) -> list[str]:
             status = cluster.restart()
             if status:
                 faults.append(f"the restarted replica ended with status {status}")
-            events.append((time.time(), "restarted"))
             _sleep_until(began_s + RENEW_AT * seconds)
             cluster.renew()
             events.append((time.time(), "certificate renewed"))

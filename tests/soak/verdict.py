@@ -13,9 +13,10 @@ from tests.soak.samples import Sample
 
 WARM_SHARE = 0.25
 """Of a process's life, in which caches fill and allocators settle: not judged."""
-GROWTH_MIB = 16.0
+GROWTH_MIB = 24.0
 GROWTH_SHARE = 0.05
-"""Memory may grow by this much, or by this share of itself, from the warm-up's end to the last."""
+"""Memory may grow by this much, or by this share of itself, from the warm-up's end to the last. The
+first compaction alone leaves about 14 MiB with the allocator."""
 MORE_DESCRIPTORS = 8
 MORE_THREADS = 4
 P99_TIMES = 2.0
