@@ -92,7 +92,7 @@ def test_a_pool_by_the_index_equals_the_scan_s(
     by_scan = coarse.find_pools(snapshot, wanted, scratch=scratch, cancel=cancel)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(coarse, "SPARE_ROWS", 2)
-        patch.setattr(coarse, "_INDEX_SHARE", math.inf)
+        patch.setattr(coarse, "INDEX_SHARE", math.inf)
         patch.setattr(coarse, "_TRIAL_SHARE", 1e6)  # cheap enough to be tried at any size
         by_index = coarse.find_pools(snapshot, wanted, scratch=scratch, cancel=cancel, index=index)
     for one, other in zip(by_scan, by_index, strict=True):
@@ -118,7 +118,7 @@ def test_the_index_is_asked_where_it_is_cheaper_and_only_there() -> None:
         query = np.array([snapshot.words[0][7]])
         wanted = [coarse.Wanted(query=query, radius_bits=radius, n_rows=0)]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(coarse, "_INDEX_SHARE", 2.0)  # a table this small is scanned at once
+            patch.setattr(coarse, "INDEX_SHARE", 2.0)  # a table this small is scanned at once
             patch.setattr(coarse, "_SERIAL_BYTES", 0)
             (pool,) = coarse.find_pools(
                 snapshot, wanted, scratch=Scratch(), cancel=Cancel(), index=index

@@ -459,7 +459,7 @@ def test_an_index_changes_how_much_is_compared_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(coarse, "_SERIAL_BYTES", 0)
-    monkeypatch.setattr(coarse, "_INDEX_SHARE", float("inf"))  # a table this small is scanned
+    monkeypatch.setattr(coarse, "INDEX_SHARE", float("inf"))  # a table this small is scanned
     snapshot = replace(make(n=3000, n_bits=64), table_id="one")
     query = embedding_of(snapshot, "777")
     options = SearchOptions(k=5, max_hamming_bits=3, with_code=True)
