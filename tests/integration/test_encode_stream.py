@@ -142,16 +142,24 @@ def test_no_more_than_the_window_is_in_the_works(
     assert WINDOW // 2 < max(seen) <= WINDOW
 
 
-def test_a_slow_reader_stops_the_writer(inside: InProcess, stub: Any, images: list[bytes]) -> None:
-    # Large enough that gRPC's own windows hold few.
-    padded = images[0] + bytes(500_000)
-    hose = Hose(padded, most=200)
-    call = stub.EncodeStream(iter(hose), timeout=60)
-    assert next(call).tag == 1
-    time.sleep(1)
-    taken = hose.n_taken
-    assert taken < 100
-    assert [reply.tag for reply in call] == list(range(2, 201))
+def test_a_slow_reader_stops_the_writer(inside: InProcess, images: list[bytes]) -> None:
+    # Else gRPC on the caller's side would take thousands of answers in before it stops us.
+    small_window = [("grpc.http2.bdp_probe", 0)]
+    with grpc.insecure_channel(inside.target, options=small_window) as channel:
+        # And hundreds of requests, were they smaller.
+        hose = Hose(images[0] + bytes(500_000), most=500)
+        call = enc_grpc.EncoderServiceStub(channel).EncodeStream(iter(hose), timeout=120)
+        assert next(call).tag == 1
+        # Shorter than it takes to be cut off for not reading.
+        wait_until(lambda: _stands_still(hose, 0.5), within_s=60, what="the writer stops")
+        assert hose.n_taken < 450
+        assert [reply.tag for reply in call] == list(range(2, 501))
+
+
+def _stands_still(hose: Hose, seconds: float) -> bool:
+    before = hose.n_taken
+    time.sleep(seconds)
+    return hose.n_taken == before
 
 
 def test_a_caller_that_never_reads_is_cut_off(inside: InProcess, images: list[bytes]) -> None:
