@@ -19,6 +19,7 @@ from typing import Generic, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from hashlens.cpus import NICENESS_OF_WORK, lower_priority
 from hashlens.errors import DeadlineError, OverloadedError
 
 R = TypeVar("R")
@@ -92,7 +93,12 @@ class Batcher(Generic[R]):
         self._arrived = asyncio.Event()
         self._ready = asyncio.Event()
         self._counts = BatcherCounts()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._thread = ThreadPoolExecutor(
+            1,
+            thread_name_prefix="model",
+            initializer=lower_priority,
+            initargs=(NICENESS_OF_WORK,),
+        )
         self._task: asyncio.Task[None] | None = None
         self._last_inference_s = 0.05
 

@@ -35,7 +35,7 @@ class EncoderConfig(ServerConfig):
     compile: bool = setting(
         False, "Let torch.compile make code for the model; one setting for a whole collection."
     )
-    n_threads: int = setting(0, "CPU threads of the model; 0: what is best for its size.")
+    n_threads: int = setting(0, "CPU threads of the model; 0: one per CPU.")
     n_decode_threads: int = setting(0, "Threads that decode images; 0: one for each CPU.")
     max_batch: int = setting(32, "Most images of one forward pass.")
     max_wait_ms: float = setting(2.0, "Longest an image waits for company, in milliseconds.")

@@ -8,24 +8,26 @@ encoded = encoder.encode(encoder.preprocessing(image)[np.newaxis])
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import statistics
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
+from encoder_service.forward_pass import ForwardPass, Images, resolve_device
 from encoder_service.model.checkpoint import Checkpoint
-from encoder_service.model.network import HashOutput
 from encoder_service.model.serving import served
-from encoder_service.passes import agreeing_sizes, cut
+from encoder_service.passes import Plan, Traces, agreeing_sizes, cut, same_bits
 from encoder_service.preprocess import Preprocessing
 from hashlens import codes
 from hashlens.cpus import usable_cpus
-from hashlens.errors import InvalidInputError, LimitError, PreconditionError
+from hashlens.errors import InvalidInputError, PreconditionError
 from hashlens.types import Classifier
 
 Autocast = Literal["off", "bfloat16", "float16"]
@@ -41,6 +43,12 @@ _MAX_PIXELS = 32 * 48 * 48
 
 _LARGE_SIDE_IMAGES = 4
 """Most images of a pass where they are large: more gain little, and trying them out takes long."""
+
+_TIMINGS = 5
+"""Of a pass with one thread and with all, to see which is faster."""
+
+_GAIN = 0.9
+"""What the time with all threads must be of that with one: they also keep others from the CPUs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +70,11 @@ class Encoder:
     round differently: enough to move F7 in its last digits and, now and then, to flip a bit whose
     H is near 0.5. So one size of pass, `tile`, decides; others are used where a trial at the start
     shows that they round alike, and the last pass is padded. An image's embedding does not depend
-    on how many others it comes with, nor on its place among them. It may differ in the last digits
-    between kinds of CPU, between CPU and CUDA, and between thread counts. See docs/adr/0010.
+    on how many others it comes with, nor on its place among them, nor on the number of threads. It
+    may differ in the last digits between kinds of CPU, and between CPU and CUDA. See docs/adr/0010.
+
+    On the CPU, the passes of a batch run side by side, one thread each. A batch of one pass gets
+    all threads, if that changes no bit and is faster.
 
     Make encoders before others encode: torch's tracing, which this does, is for one thread.
 
@@ -74,8 +85,7 @@ class Encoder:
     device
         ``cpu``, ``cuda``, ``cuda:N``, or ``auto``: CUDA where there is a device.
     n_threads
-        CPU threads within a pass. 0: one where a pass is small (`tile` above 1), because threads
-        that wait for each other cost more there than they save, else one per CPU.
+        CPU threads of the model; 0: one per CPU.
     autocast
         Number format on CUDA; without effect on the CPU. It moves F7 and H by about a hundredth,
         so use one setting for a whole collection.
@@ -109,20 +119,27 @@ class Encoder:
         self._checkpoint = checkpoint
         self._device = resolve_device(device)
         self._tile = _tile(checkpoint.preprocessing.crop, self._device)
-        self._n_threads = n_threads or (1 if self._tile > 1 else usable_cpus())
+        self._n_threads = n_threads or usable_cpus()
+        if self._device.type != "cpu" or compile:
+            self._n_threads = 1  # One pass at a time, whose threads are not for us to choose.
         checkpoint.network.to(self._device).to(memory_format=torch.channels_last)
         network = served(checkpoint.network, self._tile).to(memory_format=torch.channels_last)
-        self._network = network
+        self._forward = ForwardPass(
+            network,
+            self._device,
+            checkpoint.preprocessing.crop,
+            autocast=_AUTOCAST_DTYPES.get(autocast),
+            compiles=compile,
+        )
         self._compiles = compile
-        self._call: Callable[[Tensor], HashOutput] = network
-        if compile:
-            self._call = torch.compile(network, dynamic=False)
-        self._sizes: tuple[int, ...] | None = None
-        self._staging: dict[int, Tensor] = {}
-        self._autocast = _AUTOCAST_DTYPES.get(autocast)
-        self._stream: torch.cuda.Stream | None = None
-        if self._device.type == "cuda":
-            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._plan: Plan | None = None
+        self._threads: ThreadPoolExecutor | None = None
+        if self._n_threads > 1:
+            self._threads = ThreadPoolExecutor(
+                self._n_threads,
+                thread_name_prefix="pass",
+                initializer=functools.partial(torch.set_num_threads, 1),
+            )
 
     @property
     def model_id(self) -> str:
@@ -183,16 +200,16 @@ class Encoder:
         return self._tile
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """Images of the passes that are used, ascending; empty before the first `encode`."""
-        return self._sizes or ()
+    def plan(self) -> Plan | None:
+        """How batches are computed; None before the first `encode`."""
+        return self._plan
 
     @property
     def n_threads(self) -> int:
-        """CPU threads within a pass."""
+        """CPU threads of the model."""
         return self._n_threads
 
-    def encode(self, batch: NDArray[np.float32] | Sequence[NDArray[np.float32]]) -> EncodedBatch:
+    def encode(self, batch: Images) -> EncodedBatch:
         """Encode images. One thread at a time.
 
         Parameters
@@ -219,16 +236,24 @@ class Encoder:
                 raise self._wrong(image)
             if image.ndim != (4 if image is batch else 3):
                 raise self._wrong(image)
-        # OpenMP keeps the thread count per calling thread: here is where it has to be set.
-        if torch.get_num_threads() != self._n_threads:
-            torch.set_num_threads(self._n_threads)
-        if self._sizes is None:
-            self._sizes = self._find_sizes()
+        if self._plan is None:
+            self._plan = self._find_plan()
         n = len(batch)
         features = np.empty((n, self.dim), dtype=np.float32)
         activations = np.empty((n, self.n_bits), dtype=np.float32)
-        for rows, size in cut(n, self._sizes):
-            features[rows], activations[rows] = self._run(batch[rows], size)
+
+        def run(one: tuple[slice, int]) -> None:
+            rows, size = one
+            features[rows], activations[rows] = self._forward(batch[rows], size)
+
+        passes = cut(n, self._plan.sizes, self._n_threads)
+        if len(passes) > 1 and self._threads is not None:
+            for _ in self._threads.map(run, passes):
+                pass
+        else:
+            _set_threads(self._plan.n_threads_alone)
+            for one in passes:
+                run(one)
         return EncodedBatch(codes.pack(activations > 0.5), features, activations)
 
     def warm_up(self) -> None:
@@ -260,139 +285,48 @@ class Encoder:
             field="batch",
         )
 
-    def _find_sizes(self) -> tuple[int, ...]:
+    def _find_plan(self) -> Plan:
+        _set_threads(1)
         # On CUDA, a pass that is not full costs little more than a smaller one.
-        if self._device.type == "cpu" and not self._compiles:
-            side = self.preprocessing.crop
-            fits = max(_MAX_PIXELS // (side * side), _LARGE_SIDE_IMAGES)
-            sizes = [size for size in _SIZES if size <= fits]
-            return agreeing_sizes(self._traces, self._tile, sizes, (3, side, side))
-        return (self._tile,)
+        if self._device.type != "cpu" or self._compiles:
+            return Plan((self._tile,), 1)
+        side = self.preprocessing.crop
+        shape = (3, side, side)
+        fits = max(_MAX_PIXELS // (side * side), _LARGE_SIDE_IMAGES)
+        sizes = [size for size in _SIZES if size <= fits]
+        agreeing = agreeing_sizes(self._forward.traces, self._tile, sizes, shape)
+        return Plan(agreeing, self._n_threads_alone(agreeing[0], shape))
 
-    def _traces(self, images: NDArray[np.float32]) -> NDArray[np.uint32]:
-        """Return checksums of what each layer makes of each image of one pass."""
-        columns: list[list[int]] = []
+    def _n_threads_alone(self, size: int, shape: tuple[int, ...]) -> int:
+        """Return how many threads a pass gets that has no others beside it."""
+        if self._n_threads == 1:
+            return 1
+        one, all_ = self._traces_with(1), self._traces_with(self._n_threads)
+        if not same_bits(one, all_, size, shape):
+            return 1
+        images = np.zeros((size, *shape), dtype=np.float32)
+        took_s: dict[int, list[float]] = {1: [], self._n_threads: []}
+        for _ in range(_TIMINGS):
+            for n_threads, found in took_s.items():
+                _set_threads(n_threads)
+                began_s = time.perf_counter()
+                self._forward(images, size)
+                found.append(time.perf_counter() - began_s)
+        one_s, all_s = map(statistics.median, took_s.values())
+        return self._n_threads if all_s < _GAIN * one_s else 1
 
-        def look(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                columns.append([zlib.crc32(part.numpy().tobytes()) for part in output])
+    def _traces_with(self, n_threads: int) -> Traces:
+        def traces(images: NDArray[np.float32]) -> NDArray[np.uint32]:
+            _set_threads(n_threads)
+            return self._forward.traces(images)
 
-        hooks = [module.register_forward_hook(look) for module in self._network.modules()]
-        try:
-            self._forward(images, len(images))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return np.array(columns, dtype=np.uint32).T
-
-    def _run(
-        self, images: NDArray[np.float32] | Sequence[NDArray[np.float32]], size: int
-    ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Run up to `size` images; on CUDA, when memory runs out, in halves, once."""
-        try:
-            return self._forward(images, size)
-        except torch.cuda.OutOfMemoryError:
-            # Handled below: in here the failed pass's tensors are still alive.
-            pass
-        torch.cuda.empty_cache()
-        half = max(1, size // 2)
-        try:
-            # Another shape: the last digits may differ, which beats no answer.
-            parts = [
-                self._forward(images[start : start + half], half)
-                for start in range(0, len(images), half)
-            ]
-        except torch.cuda.OutOfMemoryError as error:
-            raise LimitError(
-                f"the device has no memory for a pass of {half} images. Use a smaller model, "
-                "free the device, or serve on the CPU."
-            ) from error
-        features, activations = zip(*parts, strict=True)
-        return np.concatenate(features), np.concatenate(activations)
-
-    @torch.inference_mode()
-    def _forward(
-        self, images: NDArray[np.float32] | Sequence[NDArray[np.float32]], size: int
-    ) -> tuple[NDArray[Any], NDArray[Any]]:
-        n = len(images)
-        staging = self._staged(size)
-        places = staging.numpy()
-        for place, image in zip(places, images, strict=False):
-            np.copyto(place, image)
-        places[n:] = 0
-        if self._stream is None:
-            output = self._call(staging)
-            return output.features[:n].numpy(), output.activations[:n].numpy()
-        with (
-            torch.cuda.stream(self._stream),
-            # TF32 keeps ten bits of a product: CPU and CUDA would disagree on many more codes.
-            torch.backends.cudnn.flags(deterministic=True, allow_tf32=False),
-            torch.autocast("cuda", self._autocast, enabled=self._autocast is not None),
-        ):
-            output = self._call(staging.to(self._device, non_blocking=True))
-            results = [_to_pinned(output.features[:n]), _to_pinned(output.activations[:n])]
-        self._stream.synchronize()
-        return results[0].numpy(), results[1].numpy()
-
-    def _staged(self, size: int) -> Tensor:
-        """Return where a pass's images are laid side by side; the same one each time.
-
-        Pinned memory is slow to come by. A pass is over before the next one begins, so nobody
-        reads what is overwritten.
-        """
-        staging = self._staging.get(size)
-        if staging is None:
-            side = self.preprocessing.crop
-            staging = self._staging[size] = torch.empty(
-                (size, 3, side, side),
-                memory_format=torch.channels_last,
-                pin_memory=self._stream is not None,
-            )
-        return staging
+        return traces
 
 
-def _to_pinned(values: Tensor) -> Tensor:
-    """Begin to copy a result to the host; complete after the stream is synchronised.
-
-    torch keeps pinned memory that was let go of, so this asks the driver for it but once.
-    """
-    host = torch.empty(values.shape, dtype=torch.float32, pin_memory=True)
-    return host.copy_(values.float(), non_blocking=True)
-
-
-def resolve_device(device: str) -> torch.device:
-    """Return the device that an option means.
-
-    Parameters
-    ----------
-    device
-        ``cpu``, ``cuda``, ``cuda:N``, or ``auto``: CUDA where there is a device.
-
-    Raises
-    ------
-    InvalidInputError
-        There is no such device.
-    """
-    if device == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError:
-        resolved = None
-    if resolved is None or resolved.type not in ("cpu", "cuda"):
-        raise InvalidInputError(
-            f"device is cpu, cuda, cuda:N or auto; not {device!r}.", field="device"
-        )
-    if resolved.type == "cpu":
-        return torch.device("cpu")
-    n_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = resolved.index or 0
-    if index >= n_devices:
-        raise InvalidInputError(
-            f"device is {device!r}, but torch finds {n_devices} CUDA devices. Use cpu or auto.",
-            field="device",
-        )
-    return torch.device("cuda", index)
+def _set_threads(n_threads: int) -> None:
+    """Set how many threads the passes have that the calling thread runs: OpenMP keeps that."""
+    if torch.get_num_threads() != n_threads:
+        torch.set_num_threads(n_threads)
 
 
 def _tile(side: int, device: torch.device) -> int:

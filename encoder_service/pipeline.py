@@ -14,7 +14,7 @@ from encoder_service.batcher import Batcher
 from encoder_service.config import EncoderConfig
 from encoder_service.decode import DecodeLimits, decode
 from encoder_service.encoder import Encoder
-from hashlens.cpus import usable_cpus
+from hashlens.cpus import NICENESS_OF_WORK, lower_priority, usable_cpus
 from hashlens.errors import DeadlineError, InvalidInputError, OverloadedError
 from hashlens.types import Embedding, Encoded, EncodeTimings, FeatureDtype
 
@@ -40,7 +40,10 @@ class EncodePipeline:
             max_bytes=config.max_image_bytes, max_pixels=config.max_image_pixels
         )
         self._decoders = ThreadPoolExecutor(
-            config.n_decode_threads or usable_cpus(), thread_name_prefix="decode"
+            config.n_decode_threads or usable_cpus(),
+            thread_name_prefix="decode",
+            initializer=lower_priority,
+            initargs=(NICENESS_OF_WORK,),
         )
         self._batcher: Batcher[_Outputs] = Batcher(
             self._run_model,

@@ -1,9 +1,35 @@
-"""How many CPUs this process may really use."""
+"""How many CPUs this process may really use, and which of its threads go first."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+import threading
 from pathlib import Path
+from typing import Final
+
+NICENESS_OF_WORK: Final = 5
+"""Of threads that compute for callers: below the thread that takes and answers calls, which would
+else wait behind them for a CPU, and with it everybody who is to be refused at once."""
+
+NICENESS_OF_CARE: Final = 10
+"""Of threads whose work nobody waits for."""
+
+
+def lower_priority(niceness: int) -> None:
+    """Let the threads of lower niceness go before the calling one, and those that it starts.
+
+    Where priorities are not a thread's own, as on macOS, all share alike.
+
+    Parameters
+    ----------
+    niceness
+        As of `nice`: 0 to 19.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
 
 
 def usable_cpus(

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numba
 from numba.np.ufunc.parallel import threading_layer
 
-from hashlens.cpus import usable_cpus
+from hashlens.cpus import NICENESS_OF_WORK, lower_priority, usable_cpus
 from hashlens.errors import CancelledError, DeadlineError, OverloadedError, UnavailableError
 from search_service.cancel import Cancel
 from search_service.jobs import Job, Outcome, Settlements, Together, Waiting
@@ -282,6 +282,7 @@ class Executor:
         refused.send()
 
     def _serve(self, n_threads: int, started: Future[None]) -> None:
+        lower_priority(NICENESS_OF_WORK)
         try:
             # The number of threads belongs to the thread that enters the kernels.
             n_threads = min(n_threads, numba.get_num_threads())

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import os
 import threading
 import time
 from dataclasses import dataclass, field
 
+from hashlens.cpus import NICENESS_OF_CARE, lower_priority
 from search_service.multi_index import MIN_ROWS, MultiIndex, index_bytes
 from search_service.snapshot import Snapshot
 
@@ -18,8 +17,6 @@ logger = logging.getLogger(__name__)
 _IDLE_S = 60.0
 """An index that nobody asked for in so long makes room for another, and one that could not be built
 is tried again after as long."""
-
-_NICENESS = 10
 
 
 @dataclass(slots=True, eq=False)
@@ -99,9 +96,7 @@ class IndexKeeper:
             self._thread.start()
 
     def _run(self) -> None:
-        # Searches come first; where priorities are not a thread's own, they all share alike.
-        with contextlib.suppress(OSError, AttributeError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        lower_priority(NICENESS_OF_CARE)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._pending or self._is_closed)

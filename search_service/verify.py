@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from hashlens import convert
+from hashlens.cpus import NICENESS_OF_CARE, lower_priority
 from hashlens.errors import DeadlineError, LimitError, OverloadedError
 from hashlens.types import VerifyResult
 from hashlens.v1 import search_service_pb2 as spb
@@ -18,7 +17,6 @@ from search_service.calls import Calls, Context
 from search_service.storage.collection import Collection
 from search_service.storage.verify import Verified
 
-_NICENESS: Final = 10
 _RETRY_S: Final = 5.0
 
 
@@ -26,7 +24,12 @@ class Verifier:
     """Checks collections, one at a time, in a thread of a low priority."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="verify", initializer=_yield_to_all)
+        self._thread = ThreadPoolExecutor(
+            1,
+            thread_name_prefix="verify",
+            initializer=lower_priority,
+            initargs=(NICENESS_OF_CARE,),
+        )
         self._is_busy = False
         self._stop = threading.Event()
 
@@ -123,9 +126,3 @@ def _result(found: Verified, after: Verified, *, n_repaired: int) -> VerifyResul
         n_repaired=n_repaired,
         digest=after.digest,
     )
-
-
-def _yield_to_all() -> None:
-    # Searches come first; where priorities are not a thread's own, they all share alike.
-    with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

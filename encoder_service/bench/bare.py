@@ -1,14 +1,16 @@
 """What the service is held against: decode and ``model(batch)`` in a loop, in a process of its own.
 
-The same decoder, preprocessing and fused network, with as many threads. A pool decodes the next
-batches while the model works on one, as anybody would have it who only wants to get done. The
-network takes the batch as it is, without the service's care for results that no batch size changes.
+The same decoder, preprocessing and fused network; for each size of batch one thread for the model
+or as many as the service has, whichever is faster. A pool decodes the next batches while the model
+works on one, as anybody would have it who only wants to get done. The network takes the batch as it
+is, without the service's care for results that no batch size changes.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import statistics
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from encoder_service.bench.pictures import make_pictures
 from encoder_service.decode import DecodeLimits, decode
@@ -32,6 +35,9 @@ from hashlens import codes
 
 _AHEAD = 2
 """Batches that are being decoded beside the one in the model."""
+
+_TRIALS = 5
+"""Calls with one thread and with all, to find out which is faster."""
 
 _SETTLING = 20
 """Images on which the normalisation of an untrained network settles."""
@@ -145,12 +151,13 @@ class _Model:
     def __init__(self, setup: Setup) -> None:
         checkpoint = load_checkpoint(setup.checkpoint)
         self._n_threads = Encoder(checkpoint, "cpu", setup.n_threads).n_threads
+        self._faster: dict[int, int] = {}
+        """Images of a call -> with how many threads."""
         self._network = copy.deepcopy(checkpoint.network)
         self._network.backbone = fused(self._network.backbone)
         self._network.eval().to(memory_format=torch.channels_last)
         self._preprocessing = checkpoint.preprocessing
         self._decoders = ThreadPoolExecutor(setup.n_decode_threads)
-        torch.set_num_threads(self._n_threads)
 
     def decode(self, image: bytes) -> NDArray[np.float32]:
         return self._preprocessing(decode(image, DecodeLimits()))
@@ -166,9 +173,25 @@ class _Model:
         self, images: list[NDArray[np.float32]]
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
         batch = torch.from_numpy(np.stack(images)).to(memory_format=torch.channels_last)
+        torch.set_num_threads(self._threads_for(batch))
         output = self._network(batch)
         h = output.activations.numpy()
         return codes.pack(h > 0.5), output.features.numpy(), h
+
+    def _threads_for(self, batch: Tensor) -> int:
+        """Find out once for each size, before anything is timed."""
+        n_threads = self._faster.get(len(batch))
+        if n_threads is None:
+            took_s: dict[int, list[float]] = {1: [], self._n_threads: []}
+            for _ in range(_TRIALS):
+                for tried, found in took_s.items():
+                    torch.set_num_threads(tried)
+                    began_s = time.perf_counter()
+                    self._network(batch)
+                    found.append(time.perf_counter() - began_s)
+            n_threads = min(took_s, key=lambda tried: statistics.median(took_s[tried]))
+            self._faster[len(batch)] = n_threads
+        return n_threads
 
 
 @functools.lru_cache(1)

@@ -242,6 +242,7 @@ def prepared(config: EncodeConfig) -> Iterator[dict[str, Path]]:
     """Give the models' checkpoints by name, those of random weights while the block runs."""
     # Read by OpenMP when it is loaded: as the service's own main does, for all processes alike.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     with interruptible(), tempfile.TemporaryDirectory(prefix="hashlens-bench-") as folder:
         checkpoints = {}
         for model in config.parts("models"):

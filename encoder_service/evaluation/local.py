@@ -128,15 +128,15 @@ def encode_images(
         With activations; with predictions where the model knows all of the images' classes and an
         image has one.
     """
-    # A pass of a small model keeps one CPU busy: as many encoders as CPUs then share the weights.
+    # As many encoders as CPUs share the weights: what comes before the model takes time as well.
     encoders: SimpleQueue[Encoder] = SimpleQueue()
-    encoder = Encoder(checkpoint, device)
+    encoder = Encoder(checkpoint, device, n_threads=1)
     encoders.put(encoder)
     n_workers = 1
-    if encoder.device.type == "cpu" and encoder.n_threads == 1:
+    if encoder.device.type == "cpu":
         n_workers = usable_cpus()
         for _ in range(n_workers - 1):
-            encoders.put(Encoder(checkpoint, device))
+            encoders.put(Encoder(checkpoint, device, n_threads=1))
     n = len(images)
     packed = np.empty((n, codes.n_bytes(encoder.n_bits)), dtype=np.uint8)
     features = np.empty((n, encoder.dim), dtype=np.float16)

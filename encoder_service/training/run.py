@@ -16,8 +16,8 @@ from encoder_service.data.images import ImageSet, load_images
 from encoder_service.data.source import has_split, open_split
 from encoder_service.data.split import holdout, select_classes
 from encoder_service.data.types import OnProgress, Source, Split
-from encoder_service.encoder import resolve_device
 from encoder_service.evaluation.local import measure
+from encoder_service.forward_pass import resolve_device
 from encoder_service.model.backbones import get_backbone, load_imagenet
 from encoder_service.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from encoder_service.model.network import HashNet

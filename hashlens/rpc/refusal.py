@@ -15,8 +15,8 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 def refusing(error: Callable[[], HashlensError]) -> Handler:
     """Return a handler that raises an error, whatever is called.
 
-    It is of the kind for two streams, which a unary call may meet as well: a handler of that kind
-    is entered before the first message is read, and this one reads none.
+    It is of the kind for a stream of requests, whatever the call is: a handler of that kind is
+    entered before the first message is read, and this one reads none.
 
     Parameters
     ----------
@@ -26,8 +26,7 @@ def refusing(error: Callable[[], HashlensError]) -> Handler:
 
     async def refuse(
         requests: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[Any]:
+    ) -> Any:
         raise error()
-        yield  # type: ignore[unreachable]  # What makes it a stream.
 
-    return grpc.stream_stream_rpc_method_handler(refuse)
+    return grpc.stream_unary_rpc_method_handler(refuse)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TypeAlias
 
@@ -30,6 +31,8 @@ class Fate(IntEnum):
     EXPIRED = 2
     """DEADLINE_EXCEEDED."""
     FAILED = 3
+    SHED = 4
+    """UNAVAILABLE: turned away by gRPC itself, because a thousand others wait to be looked at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +61,9 @@ class Fates:
     ended_s: NDArray[np.float64]
     fate: NDArray[np.int64]
     """A `Fate`."""
+    failures: Mapping[str, int] = field(default_factory=dict)
+    """Code and message -> how many calls failed with it; those that were refused or expired are
+    not among them."""
 
     @property
     def latency_ms(self) -> NDArray[np.float64]:
@@ -74,6 +80,7 @@ def run(offer: Offer) -> Fates:
 async def _run(offer: Offer) -> Fates:
     options = [*limits.channel_options(), ("grpc.enable_retries", 0)]
     calls: list[tuple[float, float, float, int]] = []
+    failures: Counter[str] = Counter()
     async with grpc.aio.insecure_channel(offer.target, options) as channel:
         call: _Call = channel.unary_unary(offer.method)
         await call(offer.requests[0], timeout=60)
@@ -86,6 +93,8 @@ async def _run(offer: Offer) -> Fates:
                 await call(offer.requests[number % len(offer.requests)], timeout=offer.deadline_s)
             except grpc.aio.AioRpcError as error:
                 fate = _FATES.get(error.code(), Fate.FAILED)
+                if fate in (Fate.FAILED, Fate.SHED):
+                    failures[f"{error.code().name}: {error.details()}"] += 1
             calls.append((due_s, sent_s, time.perf_counter() - began_s, fate))
 
         if offer.in_flight:
@@ -114,10 +123,11 @@ async def _run(offer: Offer) -> Fates:
             if running:
                 await asyncio.wait(running)
     columns = np.array(sorted(calls)).T
-    return Fates(columns[0], columns[1], columns[2], columns[3].astype(np.int64))
+    return Fates(columns[0], columns[1], columns[2], columns[3].astype(np.int64), failures)
 
 
 _FATES = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: Fate.REFUSED,
     grpc.StatusCode.DEADLINE_EXCEEDED: Fate.EXPIRED,
+    grpc.StatusCode.UNAVAILABLE: Fate.SHED,
 }

@@ -188,7 +188,9 @@ def _after(
             "refused_p50_ms": _percent(refused_ms, 50),
             "refused_p99_ms": _percent(refused_ms, 99),
             "expired": int((busy & (fates.fate == Fate.EXPIRED)).sum()),
+            "shed": int((busy & (fates.fate == Fate.SHED)).sum()),
             "failed": int((busy & (fates.fate == Fate.FAILED)).sum()),
+            "failures": ", ".join(f"{n} x {what}" for what, n in fates.failures.items()),
             "sent_late_p99_ms": _percent((fates.sent_s - fates.due_s)[busy] * 1e3, 99),
         },
     )

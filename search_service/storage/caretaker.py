@@ -17,6 +17,7 @@ from typing import Final
 
 import numpy as np
 
+from hashlens.cpus import NICENESS_OF_CARE, lower_priority
 from hashlens.errors import CancelledError
 from search_service.storage import layout
 from search_service.storage.collection import Collection
@@ -29,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 _WATCH_S: Final = 0.5
 _BYTES_AT_ONCE: Final = 1 << 20
-_NICENESS: Final = 10
 _POLL_S: Final = 1.0
 
 
@@ -91,8 +91,7 @@ class Caretaker:
 
     def _scrub(self) -> None:
         """Thread: read everything, slowly, again and again."""
-        with contextlib.suppress(OSError, AttributeError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        lower_priority(NICENESS_OF_CARE)
         due: dict[LocalCollection, float] = {}
         while not self._closing.wait(_POLL_S):
             here = {collection.local: collection for collection in self._collections()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Final
 
+from hashlens.cpus import NICENESS_OF_CARE, lower_priority
 from hashlens.errors import CancelledError, HashlensError
 from search_service.storage.collection import Collection
 from search_service.storage.compaction import Compacted
@@ -20,7 +20,6 @@ from search_service.storage.erasure import Eraser
 
 logger = logging.getLogger(__name__)
 
-_NICENESS: Final = 10
 _RETRY_S: Final = 60.0
 """When a compaction that failed by itself is tried again."""
 
@@ -113,9 +112,7 @@ class Compactor:
             ask.future.set_exception(CancelledError("The store is closing."))
 
     def _run(self) -> None:
-        # Searches come first; where priorities are not a thread's own, they all share alike.
-        with contextlib.suppress(OSError, AttributeError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        lower_priority(NICENESS_OF_CARE)
         while True:
             with self._changed:
                 if not self._asks:

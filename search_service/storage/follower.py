@@ -225,11 +225,18 @@ class Follower:
         if position.seq > local.seq and (position.first is None or position.first > local.seq + 1):
             self._give_up(f"the log begins at version {position.first}, which is too late")
         self.saw(position.seq)
+        # A full disk is not known to have room before the next write is in the files.
+        if not isinstance(self._trouble, LimitError) or position.seq == local.seq:
+            self._recovered()
+        self._settled.set()
+
+    def _recovered(self) -> None:
         if self._trouble is not None:
-            logger.info("following the log of %s from version %d", local.spec.name, local.seq)
+            logger.info(
+                "following the log of %s from version %d", self._local.spec.name, self._local.seq
+            )
             self._trouble = None
             self._on_change()
-        self._settled.set()
 
     def _step(self, reader: LogReader) -> None:
         """Wait a little for writes, and apply them."""
@@ -264,6 +271,7 @@ class Follower:
         ):
             self._give_up(f"the log has a hole behind version {local.seq}")
         local.apply(records)
+        self._recovered()
         self.mean_bytes = sum(len(record.raw) for record in records) / len(records)
 
     def _probe(self, reader: LogReader) -> None:

@@ -12,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from encoder_service.encoder import Encoder, resolve_device
+from encoder_service import encoder as encoder_module
+from encoder_service.encoder import Encoder
+from encoder_service.forward_pass import resolve_device
 from encoder_service.model.checkpoint import Checkpoint
 from encoder_service.model.network import HashNet
+from encoder_service.passes import Plan
 from encoder_service.preprocess import Preprocessing
 from encoder_service.servicer import if_small
 from hashlens import codes
@@ -124,7 +127,8 @@ def test_works_in_another_thread(encoder: Encoder, one_by_one: tuple[np.ndarray,
     with ThreadPoolExecutor(1) as pool:
         features, n_threads = pool.submit(work).result()
     np.testing.assert_array_equal(features, one_by_one[1])
-    assert n_threads == encoder.n_threads == 1
+    assert encoder.plan is not None
+    assert n_threads in (1, encoder.plan.n_threads_alone)
 
 
 def test_tile_follows_the_input_size() -> None:
@@ -133,13 +137,42 @@ def test_tile_follows_the_input_size() -> None:
         assert Encoder(checkpoint, "cpu").tile == tile
 
 
-def test_large_inputs_use_the_threads_asked_for() -> None:
-    checkpoint = replace(make_checkpoint(), preprocessing=Preprocessing())
-    encoder = Encoder(checkpoint, "cpu", n_threads=2)
-    batch = np.random.default_rng(0).standard_normal((2, 3, 224, 224)).astype(np.float32)
-    both = encoder.encode(batch)
-    assert torch.get_num_threads() == 2
-    np.testing.assert_array_equal(encoder.encode(batch[1:]).features[0], both.features[1])
+@pytest.mark.parametrize("crop", [48, 224])
+def test_no_number_of_threads_changes_a_result(crop: int) -> None:
+    checkpoint = replace(make_checkpoint(), preprocessing=Preprocessing(resize=crop, crop=crop))
+    batch = np.random.default_rng(0).standard_normal((7, 3, crop, crop)).astype(np.float32)
+    wanted = Encoder(checkpoint, "cpu", n_threads=1).encode(batch)
+    for n_threads in (2, 3):
+        encoder = Encoder(checkpoint, "cpu", n_threads=n_threads)
+        assert encoder.n_threads == n_threads
+        together = encoder.encode(batch)
+        np.testing.assert_array_equal(together.features, wanted.features)
+        np.testing.assert_array_equal(together.activations, wanted.activations)
+        for row in range(len(batch)):
+            alone = encoder.encode(batch[row : row + 1])
+            np.testing.assert_array_equal(alone.features[0], wanted.features[row])
+
+
+def test_a_pass_alone_gets_all_threads_only_where_they_change_no_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(encoder_module, "_GAIN", float("inf"))  # Whatever the machine is like.
+    encoder = Encoder(make_checkpoint(), "cpu", n_threads=2)
+    encoder.warm_up()
+    assert encoder.plan is not None
+    alike = encoder.plan.n_threads_alone == 2
+
+    def differs(*args: object) -> bool:
+        return False
+
+    monkeypatch.setattr(encoder_module, "same_bits", differs)
+    other = Encoder(make_checkpoint(), "cpu", n_threads=2)
+    other.warm_up()
+    assert other.plan is not None
+    assert other.plan.n_threads_alone == 1
+    one = IMAGES[:1]
+    np.testing.assert_array_equal(encoder.encode(one).features, other.encode(one).features)
+    assert alike or encoder.plan == other.plan
 
 
 def test_facts(encoder: Encoder) -> None:
@@ -273,7 +306,7 @@ def test_cuda_out_of_memory_splits_the_pass_once() -> None:
         sizes.append(len(inputs[0]))
         torch.empty(int(total * len(inputs[0]) / encoder.tile), dtype=torch.uint8, device="cuda")
 
-    hook = encoder._network.register_forward_pre_hook(greedy)
+    hook = encoder._forward._network.register_forward_pre_hook(greedy)
     # Half of the device may be in use: the hook's request for half must still fit.
     torch.cuda.empty_cache()
     got = encoder.encode(IMAGES[: encoder.tile])
@@ -304,7 +337,7 @@ def test_compiled_is_close_and_no_company_changes_it(
     want = Encoder(checkpoint, "cpu").encode(images)
     encoder = Encoder(checkpoint, "cpu", compile=True)
     encoder.warm_up()
-    assert encoder.sizes == (encoder.tile,)
+    assert encoder.plan == Plan((encoder.tile,), 1)
     crowd = encoder.encode(images)
     np.testing.assert_allclose(crowd.features, want.features, atol=1e-4)
     np.testing.assert_allclose(crowd.activations, want.activations, atol=1e-4)

@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from encoder_service.encoder import Encoder
+from encoder_service.forward_pass import steady_sigmoid
 from encoder_service.model.backbones import BACKBONES
 from encoder_service.model.network import HashNet
 from encoder_service.model.serving import fused, served
-from encoder_service.passes import agreeing_sizes, cut
+from encoder_service.passes import agreeing_sizes, cut, same_bits
 from tests.unit.encoder.conftest import make_checkpoint
 
 
@@ -27,10 +28,27 @@ def test_only_sizes_that_give_the_same_bits_agree() -> None:
     assert agreeing_sizes(traces, 2, (1, 2, 4), (3, 4, 4)) == (2,)
 
 
+def test_one_other_bit_in_one_layer_is_not_the_same() -> None:
+    def traces(images: NDArray[np.float32]) -> NDArray[np.uint32]:
+        return images.reshape(len(images), -1)[:, :5].copy().view(np.uint32)
+
+    def other(images: NDArray[np.float32]) -> NDArray[np.uint32]:
+        found = traces(images)
+        found[-1, -1] ^= 1
+        return found
+
+    for size in (1, 4, 8):
+        assert same_bits(traces, traces, size, (3, 4, 4))
+        assert not same_bits(traces, other, size, (3, 4, 4))
+
+
 @pytest.mark.parametrize("sizes", [(1,), (8,), (1, 2, 4), (2, 4, 8, 16, 32), (8, 32)])
-def test_cut_covers_the_batch_once_with_little_padding(sizes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("n_beside", [1, 2, 5])
+def test_cut_covers_the_batch_once_with_little_padding(
+    sizes: tuple[int, ...], n_beside: int
+) -> None:
     for n in range(100):
-        passes = cut(n, sizes)
+        passes = cut(n, sizes, n_beside)
         assert [row for rows, _ in passes for row in range(n)[rows]] == list(range(n))
         assert all(size in sizes and 0 < len(range(n)[rows]) <= size for rows, size in passes)
         padding = sum(size for _, size in passes) - n
@@ -44,14 +62,30 @@ def test_cut_by_example() -> None:
     assert [size for _, size in cut(31, sizes)] == [32]
     assert [size for _, size in cut(37, sizes)] == [32, 4, 2]
     assert cut(0, sizes) == []
+    assert [size for _, size in cut(32, sizes, 2)] == [16, 16]
+    assert [size for _, size in cut(20, sizes, 2)] == [8, 8, 4]
+    assert [size for _, size in cut(2, sizes, 2)] == [2]
+    assert [size for _, size in cut(8, (1, 2, 4), 2)] == [4, 4]
+
+
+@pytest.mark.parametrize("n_bits", [1, 12, 31, 48, 64, 100, 256])
+def test_no_row_changes_another_ones_sigmoid(n_bits: int) -> None:
+    scores = torch.randn(33, n_bits, generator=torch.Generator().manual_seed(n_bits))
+    together = steady_sigmoid(scores)
+    torch.testing.assert_close(together, torch.sigmoid(scores), atol=3e-7, rtol=0)
+    for n in (1, 2, 3, 8):
+        apart = torch.cat([steady_sigmoid(part) for part in scores.split(n)])
+        assert torch.equal(apart, together)
 
 
 def test_an_encoder_says_which_sizes_it_uses() -> None:
     encoder = Encoder(make_checkpoint(), "cpu")
-    assert encoder.sizes == ()
+    assert encoder.plan is None
     encoder.warm_up()
-    assert encoder.tile in encoder.sizes
-    assert list(encoder.sizes) == sorted(set(encoder.sizes))
+    assert encoder.plan is not None
+    sizes = encoder.plan.sizes
+    assert encoder.tile in sizes
+    assert list(sizes) == sorted(set(sizes))
 
 
 def settled(backbone: str) -> HashNet:
