@@ -106,6 +106,13 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
             encoder.dim,
             encoder.device,
         )
+        if encoder.plan is not None:
+            logger.info(
+                "passes of %s images, %d threads for one alone, %d passes side by side",
+                ", ".join(map(str, encoder.plan.sizes)),
+                encoder.plan.n_threads_alone,
+                encoder.n_threads,
+            )
 
     def state(self) -> ServiceState:
         """Return how the service is."""
