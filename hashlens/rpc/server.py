@@ -39,11 +39,6 @@ _LOOK_S = 1.0
 _LATECOMERS_S = 0.2
 """How long calls are still answered, with UNAVAILABLE, before the server closes its connections."""
 
-_SWITCH_S = 0.001
-"""Longest that the event loop waits for another thread's Python code to let go of the interpreter;
-Python's own 5 ms, many times a call, are what refusals under overload would mostly wait for."""
-
-
 class Service(Protocol):
     """What `serve` runs."""
 
@@ -220,7 +215,6 @@ async def _finished_first(work: Coroutine[Any, Any, None], stop: asyncio.Event) 
 def run(config: ServerConfig, service: Service) -> int:
     """Run `serve` as a process's main function and return its exit status."""
     try:
-        sys.setswitchinterval(_SWITCH_S)
         asyncio.run(serve(config, service))
     except InternalError as error:
         logger.critical("%s. The process ends, to be started again", error)
