@@ -39,6 +39,7 @@ _LOOK_S = 1.0
 _LATECOMERS_S = 0.2
 """How long calls are still answered, with UNAVAILABLE, before the server closes its connections."""
 
+
 class Service(Protocol):
     """What `serve` runs."""
 
