@@ -10,13 +10,16 @@ CLAIM ?=
 FAULTS ?=
 FUZZ ?=
 SOAK ?=
+K8S ?=
+TOOLS := $(CURDIR)/.tools/bin
 SOURCES := hashlens encoder_service search_service protos tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo claim test faults fuzz soak check format proto clean
+.PHONY: help setup demo claim test faults fuzz soak images-check k8s-check ghz kustomize check format \
+  proto clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Create .venv and install everything (INSTALLER=pip to do without uv)
 
@@ -52,6 +55,21 @@ soak: $(STAMP) ## Mixed traffic for 20 minutes: does anything drift? (SOAK='--mi
 fuzz: $(STAMP) ## Spoiled images and noise on both ports, for a quarter of an hour (FUZZ='--seed N')
 	$(BIN)/python -m tests.fuzz.images $(FUZZ)
 	$(BIN)/python -m tests.fuzz.wire $(FUZZ)
+
+images-check: $(STAMP) ## Do what the images of deploy/docker do, without a container engine
+	$(BIN)/python -m tests.deploy.images
+
+k8s-check: $(STAMP) kustomize ## Apply deploy/k8s to a real API server, built with Go and etcd (K8S='--keep')
+	$(BIN)/python -m tests.deploy.apiserver $(K8S)
+
+ghz: $(TOOLS)/ghz ## Install ghz, the load generator of deploy/ghz, with Go
+kustomize: $(TOOLS)/kustomize ## Install kustomize, which renders deploy/k8s, with Go
+
+$(TOOLS)/ghz:
+	GOBIN=$(TOOLS) go install github.com/bojand/ghz/cmd/ghz@v0.120.0
+
+$(TOOLS)/kustomize:
+	GOBIN=$(TOOLS) go install sigs.k8s.io/kustomize/kustomize/v5@v5.7.1
 
 check: $(STAMP) ## Format, lint, types, import contracts, protos, generated code
 	$(BIN)/ruff format --check $(SOURCES)
