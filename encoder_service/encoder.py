@@ -74,7 +74,7 @@ class Encoder:
     may differ in the last digits between kinds of CPU, and between CPU and CUDA. See docs/adr/0010.
 
     On the CPU, the passes of a batch run side by side, one thread each. A batch of one pass gets
-    all threads, if that changes no bit and is faster.
+    all threads, if that changes no bit and is faster. After torch.compile, passes go one by one.
 
     Make encoders before others encode: torch's tracing, which this does, is for one thread.
 
@@ -120,8 +120,8 @@ class Encoder:
         self._device = resolve_device(device)
         self._tile = _tile(checkpoint.preprocessing.crop, self._device)
         self._n_threads = n_threads or usable_cpus()
-        if self._device.type != "cpu" or compile:
-            self._n_threads = 1  # One pass at a time, whose threads are not for us to choose.
+        if self._device.type != "cpu" or (compile and self._tile > 1):
+            self._n_threads = 1  # Within a small pass they wait for each other more than they save.
         checkpoint.network.to(self._device).to(memory_format=torch.channels_last)
         network = served(checkpoint.network, self._tile).to(memory_format=torch.channels_last)
         self._forward = ForwardPass(
@@ -134,7 +134,7 @@ class Encoder:
         self._compiles = compile
         self._plan: Plan | None = None
         self._threads: ThreadPoolExecutor | None = None
-        if self._n_threads > 1:
+        if self._n_threads > 1 and not compile:
             self._threads = ThreadPoolExecutor(
                 self._n_threads,
                 thread_name_prefix="pass",
@@ -210,7 +210,7 @@ class Encoder:
         return self._n_threads
 
     def encode(self, batch: Images) -> EncodedBatch:
-        """Encode images. One thread at a time.
+        """Encode images. One call at a time.
 
         Parameters
         ----------
@@ -246,7 +246,7 @@ class Encoder:
             rows, size = one
             features[rows], activations[rows] = self._forward(batch[rows], size)
 
-        passes = cut(n, self._plan.sizes, self._n_threads)
+        passes = cut(n, self._plan.sizes, self._n_threads if self._threads else 1)
         if len(passes) > 1 and self._threads is not None:
             for _ in self._threads.map(run, passes):
                 pass
@@ -289,7 +289,7 @@ class Encoder:
         _set_threads(1)
         # On CUDA, a pass that is not full costs little more than a smaller one.
         if self._device.type != "cpu" or self._compiles:
-            return Plan((self._tile,), 1)
+            return Plan((self._tile,), self._n_threads)
         side = self.preprocessing.crop
         shape = (3, side, side)
         fits = max(_MAX_PIXELS // (side * side), _LARGE_SIDE_IMAGES)

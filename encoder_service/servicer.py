@@ -108,7 +108,7 @@ class EncoderServicer(enc_grpc.EncoderServiceServicer):
         )
         if encoder.plan is not None:
             logger.info(
-                "passes of %s images, %d threads for one alone, %d passes side by side",
+                "passes of %s images; %d threads for one that is alone, %d in all",
                 ", ".join(map(str, encoder.plan.sizes)),
                 encoder.plan.n_threads_alone,
                 encoder.n_threads,

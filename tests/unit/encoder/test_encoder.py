@@ -337,7 +337,7 @@ def test_compiled_is_close_and_no_company_changes_it(
     want = Encoder(checkpoint, "cpu").encode(images)
     encoder = Encoder(checkpoint, "cpu", compile=True)
     encoder.warm_up()
-    assert encoder.plan == Plan((encoder.tile,), 1)
+    assert encoder.plan == Plan((encoder.tile,), encoder.n_threads)
     crowd = encoder.encode(images)
     np.testing.assert_allclose(crowd.features, want.features, atol=1e-4)
     np.testing.assert_allclose(crowd.activations, want.activations, atol=1e-4)
