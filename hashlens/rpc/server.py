@@ -16,7 +16,8 @@ import grpc
 
 from hashlens.errors import HashlensError, InternalError
 from hashlens.rpc import health, method_limits
-from hashlens.rpc.admission import Admission, AdmissionInterceptor
+from hashlens.rpc.admission import Admission
+from hashlens.rpc.admission_interceptor import AdmissionInterceptor
 from hashlens.rpc.auth import access
 from hashlens.rpc.health import HealthServicer, ServiceState
 from hashlens.rpc.intake import Intake

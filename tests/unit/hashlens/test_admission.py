@@ -14,7 +14,8 @@ from google.protobuf.wrappers_pb2 import BytesValue
 
 from hashlens.errors import DeadlineError, InvalidInputError, OverloadedError
 from hashlens.rpc import call, intake, method_limits
-from hashlens.rpc.admission import Admission, AdmissionInterceptor
+from hashlens.rpc.admission import Admission
+from hashlens.rpc.admission_interceptor import AdmissionInterceptor
 from hashlens.rpc.intake import Intake
 from hashlens.rpc.interceptors import ErrorInterceptor
 from hashlens.rpc.server_config import ServerConfig
