@@ -12,11 +12,12 @@ from hashlens.types import Embedding, EncodeTimings, Query, SearchOptions, Searc
 from hashlens.v1 import search_service_pb2 as spb
 from search_service import margins
 from search_service.cancel import in_thread
-from search_service.engine import Ask, Engine, is_tiny
+from search_service.engine import Engine, is_tiny
 from search_service.executor import Executor
 from search_service.explain import Meanings
 from search_service.images import ImageEncoder
 from search_service.jobs import Deliver, Together, Waiting
+from search_service.one_query import Ask
 from search_service.snapshot import Snapshot
 from search_service.storage.collection import Collection
 

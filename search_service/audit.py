@@ -21,8 +21,8 @@ from hashlens.types import (
 )
 from search_service.answers import Answerer
 from search_service.cancel import Cancel, in_thread
-from search_service.engine import embedding_of
 from search_service.exhaustive import ExhaustiveScan
+from search_service.one_query import embedding_of
 from search_service.snapshot import Snapshot
 
 _HITS_AT_ONCE = 1000

@@ -39,7 +39,7 @@ from search_service.calls import Context
 from search_service.cancel import in_thread
 from search_service.collections_rpc import CollectionsRpc
 from search_service.config import SearchConfig
-from search_service.engine import Engine, embedding_of
+from search_service.engine import Engine
 from search_service.executor import Executor
 from search_service.images import ImageEncoder
 from search_service.index_keeper import IndexKeeper
@@ -47,6 +47,7 @@ from search_service.items_rpc import ItemsRpc
 from search_service.maintenance import CompactRpc, Erasures
 from search_service.method_limits import METHOD_LIMITS
 from search_service.metrics import SearchMetrics
+from search_service.one_query import embedding_of
 from search_service.readiness import Readiness
 from search_service.replication.client import GrpcPeers
 from search_service.replication.servicer import ReplicaServicer, ServingLimits

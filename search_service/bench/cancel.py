@@ -29,12 +29,13 @@ from search_service.bench.report import Measured, Report
 from search_service.bench.table import Shape, Table, made
 from search_service.cancel import Cancel, in_thread
 from search_service.coarse import INDEX_SHARE
-from search_service.engine import Ask, Engine
+from search_service.engine import Engine
 from search_service.executor import Executor
 from search_service.exhaustive import ExhaustiveScan
 from search_service.filtered import restricted
 from search_service.items_rpc import items_to_proto
 from search_service.multi_index import MultiIndex, scan_cost_ns
+from search_service.one_query import Ask
 from search_service.snapshot import Snapshot, Texts
 
 ALLOWED_MS = 20.0

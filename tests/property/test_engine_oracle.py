@@ -24,7 +24,8 @@ from hashlens.types import (
 )
 from search_service import coarse, fine, margins, narrow, scan
 from search_service.cancel import Cancel
-from search_service.engine import Ask, Engine
+from search_service.engine import Engine
+from search_service.one_query import Ask
 from search_service.snapshot import Snapshot
 from tests.reference import search as slow
 

@@ -18,11 +18,12 @@ from hashlens.types import Embedding, SearchOptions, SearchResult, TagFilter
 from search_service import ball, coarse, filtered, scan, views
 from search_service.ball_stream import Ball, BallStreamer
 from search_service.cancel import Cancel
-from search_service.engine import Ask, Engine
+from search_service.engine import Engine
 from search_service.executor import Executor
 from search_service.exhaustive import ExhaustiveScan
 from search_service.filtered import restricted
 from search_service.multi_index import MultiIndex
+from search_service.one_query import Ask
 from search_service.snapshot import Snapshot, Texts
 from search_service.storage import layout
 from search_service.storage.tag_index import TagIndex

@@ -18,9 +18,10 @@ import numpy as np
 from hashlens import codes
 from hashlens.types import Rank, SearchOptions
 from search_service.cancel import Cancel
-from search_service.engine import Engine, embedding_of
+from search_service.engine import Engine
 from search_service.executor import Executor
 from search_service.kernels import euclidean
+from search_service.one_query import embedding_of
 from search_service.sketch import Sketch
 from search_service.snapshot import Snapshot
 

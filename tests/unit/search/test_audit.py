@@ -20,9 +20,10 @@ from search_service import exhaustive
 from search_service.answers import Answerer, together
 from search_service.audit import Auditor, check_auditable
 from search_service.cancel import Cancel
-from search_service.engine import Engine, embedding_of
+from search_service.engine import Engine
 from search_service.executor import Executor
 from search_service.exhaustive import ExhaustiveScan
+from search_service.one_query import embedding_of
 from search_service.snapshot import Snapshot
 
 N = 640

@@ -19,8 +19,9 @@ from hashlens.errors import (
 from hashlens.types import Embedding, Rank, SearchOptions
 from search_service import coarse, fine, narrow, scan
 from search_service.cancel import Cancel
-from search_service.engine import Engine, embedding_of, is_tiny
+from search_service.engine import Engine, is_tiny
 from search_service.index_keeper import IndexKeeper
+from search_service.one_query import embedding_of
 from search_service.snapshot import Snapshot, Texts
 
 N_BITS = 12
