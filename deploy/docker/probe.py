@@ -24,9 +24,10 @@ def main(target: str, name: str) -> int:
         try:
             answer = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=TIMEOUT_S)
         except grpc.RpcError as error:
-            print(f"{target} {name}: {error.code().name}")
+            sys.stdout.write(f"{target} {name}: {error.code().name}\n")
             return 1
-    print(f"{target} {name}: {health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)}")
+    status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+    sys.stdout.write(f"{target} {name}: {status}\n")
     return 0 if answer.status == health_pb2.HealthCheckResponse.SERVING else 1
 
 

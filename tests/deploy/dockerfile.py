@@ -14,7 +14,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "deploy/docker"
 _KNOWN = frozenset(
-    "FROM ARG ENV RUN COPY LABEL WORKDIR VOLUME USER EXPOSE STOPSIGNAL HEALTHCHECK ENTRYPOINT".split()
+    {
+        *("FROM", "ARG", "ENV", "RUN", "COPY", "LABEL", "WORKDIR", "VOLUME", "USER", "EXPOSE"),
+        *("STOPSIGNAL", "HEALTHCHECK", "ENTRYPOINT"),
+    }
 )
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 

@@ -1,8 +1,8 @@
 """Root file systems of images, made by a Dockerfile's own steps, without a container engine.
 
-A root is this machine's own, read-only, with a layer of its own above (an overlay file system): what
-a step writes goes there. In place of the base image, which has Python in /usr/local, stands a copy of
-the Python that runs this. Steps run in a chroot. Needs root and Linux.
+A root is this machine's own, read-only, with layers above (an overlay file system): what a step
+writes goes there. In place of the base image, which has Python in /usr/local, stands a copy of the
+Python that runs this. Steps run in a chroot. Needs root and Linux.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Root:
 
     at: Path
     below: list[Path]
+    machine: Path
     image: Image = field(default_factory=lambda: Image(env={"PATH": BASE_PATH}))
     arguments: dict[str, str] = field(default_factory=dict)
 
@@ -84,15 +85,15 @@ class Root:
             directory.mkdir(parents=True, exist_ok=True)
         for inside, outside in (binds or {}).items():
             _mount_point(self.layer / inside.lstrip("/"), is_directory=outside.is_dir())
-        layers = ":".join(map(str, [*self.below, "/"]))
+        layers = ":".join(map(str, [*self.below, self.machine]))
         options = f"lowerdir={layers},upperdir={self.layer},workdir={work}"
         with ExitStack() as mounts:
             call("mount", "-t", "overlay", "overlay", "-o", options, merged)
-            mounts.callback(call, "umount", "--recursive", "--lazy", merged)
+            mounts.callback(call, "umount", "--lazy", merged)
             call("mount", "--rbind", "/dev", merged / "dev")
             call("mount", "-t", "proc", "proc", merged / "proc")
             # Neither the sources nor another Python are to be found by chance.
-            hidden = [ROOT, Path("/tmp"), Path("/dev/shm")]  # noqa: S108 - the image's, not ours
+            hidden = [Path("/tmp"), Path("/dev/shm"), ROOT]
             if sys.base_prefix not in ("/usr", "/usr/local"):
                 hidden.append(Path(sys.base_prefix))
             for path in hidden:
@@ -118,8 +119,10 @@ class Root:
         env |= {name: value for name, value in self.arguments.items() if value}
         with self.mounted() as merged:
             done = subprocess.run(
-                ["chroot", str(merged), "sh", "-c", 'cd "$0" && exec "$@"', self.image.workdir]
-                + command,
+                [
+                    *("chroot", str(merged), "sh", "-c", 'cd "$0" && exec "$@"'),
+                    *(self.image.workdir, *command),
+                ],
                 env=env | self.image.env,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -145,7 +148,13 @@ def _mount_point(path: Path, *, is_directory: bool) -> None:
 
 def base(at: Path) -> Root:
     """What stands for the base image: Python as `python` in /usr/local, with pip or uv as `pip`."""
-    root = Root(at, [])
+    # No layer may lie below another of the same mount: the root of the machine is mounted anew.
+    machine, work = at / "machine", at / "machine-work"
+    for directory in (machine, work, at / "machine-layer"):
+        directory.mkdir(parents=True)
+    options = f"lowerdir=/,upperdir={at / 'machine-layer'},workdir={work}"
+    call("mount", "-t", "overlay", "overlay", "-o", options, machine)
+    root = Root(at, [], machine)
     local = root.layer / "usr/local"
     if sys.base_prefix in ("/usr", "/usr/local"):
         (local / "bin").mkdir(parents=True)
@@ -156,6 +165,8 @@ def base(at: Path) -> Root:
         for installed in (local / "lib" / version / "site-packages").iterdir():
             if not installed.name.startswith("pip"):
                 call("rm", "-rf", installed)
+        # Else a libpython of the system's would be found, of another version.
+        root.step(["ldconfig"])
     pip = local / "bin/pip"
     pip.unlink(missing_ok=True)
     uv = shutil.which("uv", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
@@ -179,7 +190,9 @@ def build(stages: list[Stage], at: Path, first: Root, ignore_file: Path) -> Root
     root = first
     for number, stage in enumerate(stages):
         under = made.get(stage.base, first)
-        root = Root(at / f"{number}-{stage.name or 'final'}", [under.layer, *under.below])
+        root = Root(
+            at / f"{number}-{stage.name or 'final'}", [under.layer, *under.below], first.machine
+        )
         root.image.env = dict(under.image.env)
         root.image.workdir = under.image.workdir
         root.arguments = dict(under.arguments)
