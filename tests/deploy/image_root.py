@@ -175,7 +175,7 @@ def base(at: Path) -> Root:
     else:
         # The same steps by `uv pip`: the wheels that were fetched before become hard links.
         shutil.copy2(uv, local / "bin/uv")
-        pip.write_text('#!/bin/sh\nexec /usr/local/bin/uv pip "$@"\n')
+        pip.write_text('#!/bin/sh\nUV_COMPILE_BYTECODE=1 exec /usr/local/bin/uv pip "$@"\n')
         cache = subprocess.run([uv, "cache", "dir"], capture_output=True, text=True, check=True)
         if Path(cache.stdout.strip()).is_dir():
             copy_tree(Path(cache.stdout.strip()), root.at / "cache")

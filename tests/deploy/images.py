@@ -8,7 +8,6 @@ run, read-only and as their user. apt's packages are looked up, not installed. N
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -25,42 +24,12 @@ from PIL import Image as Picture
 
 from tests.deploy import image_root
 from tests.deploy.container import Container, container, loopback_up, stop
-from tests.deploy.dockerfile import DOCKER, ROOT, parse, stages
+from tests.deploy.dockerfile import DOCKER, ROOT, Instruction, parse, stages
+from tests.deploy.image_checks import Report, loaded, look, writes
 from tests.deploy.image_root import Root
 
-BASE_PACKAGES = frozenset({"libc6", "libgcc-s1", "libstdc++6", "zlib1g"})
-"""Packages of shared libraries that the base image has."""
-DRIVER = re.compile(r"lib(cuda|nvidia-ml|nvcuvid|nvidia-encode)\.so\.1")
-"""What the container runtime mounts where a GPU is given."""
-UNUSED = frozenset({"libtbb.so.12"})
-"""Of Numba's threading layer that is not used: the kernels take OpenMP's, in libgomp."""
 START_S = 300.0
 STOP_S = 45.0
-LISTING = """
-import importlib.metadata, json
-print(json.dumps({d.name: d.version for d in importlib.metadata.distributions()}))
-"""
-WRITES = """
-import os, sys, tempfile
-for path in sys.argv[1:]:
-    try:
-        tempfile.TemporaryFile(dir=path).close()
-        print(path, "yes")
-    except OSError:
-        print(path, "no")
-"""
-
-
-class Report:
-    """Lines of what was checked."""
-
-    def __init__(self) -> None:
-        self.n_failed = 0
-
-    def line(self, image: str, what: str, ok: bool, detail: str = "") -> None:
-        """Print one."""
-        self.n_failed += not ok
-        print(f"{'ok  ' if ok else 'FAIL'}  {image:8}  {what:58}  {detail}".rstrip(), flush=True)
 
 
 def main() -> int:
@@ -120,13 +89,7 @@ def build(report: Report, name: str, at: Path, base: Root) -> Root | None:
     """Carry out a Dockerfile, and look at what it made."""
     path = DOCKER / f"{name}.Dockerfile"
     instructions = parse(path)
-    aptitude = [i.value for i in instructions if "apt-get" in i.value]
-    packages = [
-        word
-        for step in aptitude
-        for word in step.partition(" install ")[2].partition("&&")[0].split()
-        if not word.startswith("-")
-    ]
+    packages = of_debian(instructions)
     for package in packages:
         policy = subprocess.run(["apt-cache", "policy", package], capture_output=True, text=True)
         candidate = re.search(r"Candidate: (\S+)", policy.stdout)
@@ -140,67 +103,22 @@ def build(report: Report, name: str, at: Path, base: Root) -> Root | None:
     except (RuntimeError, FileNotFoundError, ValueError) as error:
         report.line(name, "its steps succeed", False, str(error))
         return None
-    n_steps = sum(i.name == "RUN" for i in instructions) - len(aptitude)
+    n_steps = sum(i.name == "RUN" and "apt-get" not in i.value for i in instructions)
     took = f"{n_steps} RUN in {time.monotonic() - began_s:.0f} s"
     report.line(name, "its steps succeed", True, took)
     look(report, name, root, packages)
     return root
 
 
-def look(report: Report, name: str, root: Root, packages: list[str]) -> None:
-    """Compare what an image holds with what was meant."""
-    installed = json.loads(root.step(["python", "-c", LISTING]))
-    versions = {
-        re.sub("[-_.]+", "-", package).lower(): version
-        for package, _, version in (
-            line.partition("==")
-            for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines()
-        )
-    }
-    others = [
-        f"{package} {version}"
-        for package, version in installed.items()
-        if package != "hashlens"
-        and versions.get(re.sub("[-_.]+", "-", package).lower()) != version.partition("+")[0]
+def of_debian(instructions: list[Instruction]) -> list[str]:
+    """The packages that are installed with apt-get."""
+    return [
+        word
+        for instruction in instructions
+        if "apt-get" in instruction.value
+        for word in instruction.value.partition(" install ")[2].partition("&&")[0].split()
+        if not word.startswith("-")
     ]
-    held = f"{len(installed)} packages"
-    report.line(
-        name, "every version is that of constraints.txt", not others, ", ".join(others) or held
-    )
-    cuda = [package for package in installed if package.startswith("nvidia-")]
-    if name == "search":
-        heavy = [p for p in installed if p in ("torch", "torchvision", "triton", *cuda)]
-        report.line(name, "no torch, no CUDA", not heavy, ", ".join(heavy))
-    else:
-        toolkit = list(root.layer.glob("usr/local/cuda*"))
-        report.line(name, "no CUDA toolkit", not toolkit, f"{len(cuda)} packages of wheels")
-    tools = [p for p in installed if p in ("pip", "uv", "setuptools", "hatchling")]
-    report.line(name, "no tools of the build in it", not tools, ", ".join(tools))
-    missing = libraries(root, {*packages, *BASE_PACKAGES})
-    detail = ", ".join(sorted(missing)) or f"of {', '.join(sorted({*packages, *BASE_PACKAGES}))}"
-    report.line(name, "shared libraries are in the image", not missing, detail)
-
-
-def libraries(root: Root, packages: set[str]) -> set[str]:
-    """Shared libraries that the wheels need, and neither they nor these packages have."""
-    venv = root.find("/opt/venv")
-    files = [p for p in venv.rglob("*.so*") if p.is_file() and not p.is_symlink()]
-    bundled = {p.name for p in venv.rglob("*.so*")}
-    listing = ""
-    for begin in range(0, len(files), 200):
-        command = ["readelf", "-d", *map(str, files[begin : begin + 200])]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-        listing += done.stdout
-    needed = set(re.findall(r"\(NEEDED\).*\[(.+)\]", listing)) - bundled - UNUSED
-    missing = set()
-    for library in needed:
-        owner = subprocess.run(
-            ["dpkg", "-S", f"*/{library}"], capture_output=True, text=True, check=False
-        )
-        owners = {line.partition(":")[0] for line in owner.stdout.splitlines()}
-        if not owners & packages and not DRIVER.fullmatch(library) and "python" not in library:
-            missing.add(f"{library} ({', '.join(sorted(owners)) or 'nobody'})")
-    return missing
 
 
 def make_secrets() -> Path | None:
@@ -245,13 +163,10 @@ def compose(report: Report, roots: dict[str, Root], at: Path) -> None:
                 report.line(name, f"is healthy, {attempt} start", True, f"after {seconds:.1f} s")
                 if attempt == "first" and name != "redis":
                     writes(report, name, mounted, process, services[name])
-            if attempt == "first":
-                first_search(report, running["search"][0])
-            else:
-                found = running["search"][0].run(["hashlens", *SEARCH])
-                report.line(
-                    "search", "what was indexed is there after a restart", not found.returncode
-                )
+            search(report, running["search"][0], index=attempt == "first")
+            for name in ("search", "encoder") if attempt == "first" else ():
+                packages = set(of_debian(parse(DOCKER / f"{name}.Dockerfile")))
+                loaded(report, name, running[name][0], running[name][1].pid, packages)
             for name in ("search", "encoder", "redis"):
                 status = stop(running[name][1], roots[name].image.stop_signal or "SIGTERM", STOP_S)
                 report.line(
@@ -286,56 +201,22 @@ def redis_root(search: Root, at: Path) -> Root:
     return root
 
 
-def writes(
-    report: Report,
-    name: str,
-    mounted: Container,
-    process: subprocess.Popen[bytes],
-    service: dict[str, Any],
-) -> None:
-    """A service's process is nobody's, and can write where it was declared and nowhere else."""
-    status = Path(f"/proc/{process.pid}/status").read_text("utf-8")
-    ids = set(re.findall(r"^[UG]id:\t(\d+)\t(\d+)\t(\d+)\t(\d+)$", status, re.MULTILINE))
-    rights = set(re.findall(r"^Cap(?:Prm|Eff|Bnd):\t(\w+)$", status, re.MULTILINE))
-    ok = ids == {tuple(["10001"] * 4)} and rights == {"0" * 16}
-    report.line(name, "runs as 10001:10001 without capabilities", ok)
-    declared = {volume.split(":")[1] for volume in service.get("volumes", [])}
-    declared |= {path.partition(":")[0] for path in service["tmpfs"]}
-    tried = {
-        "/",
-        "/etc",
-        "/opt/hashlens",
-        "/opt/venv",
-        "/var",
-        "/var/tmp",
-        "/home",
-        "/run",
-    } | declared
-    done = mounted.run(["python", "-c", WRITES, *sorted(tried)])
-    said = dict(line.split() for line in done.stdout.splitlines())
-    written = {path for path, can in said.items() if can == "yes"}
-    ok = said.keys() == tried and written == declared
-    report.line(name, "writes where it is declared, nowhere else", ok, " ".join(sorted(written)))
-
-
-SEARCH = ["search", "/tmp/pictures/3.png", "-k", "3", "--search", "search:50052"]
-SEARCH += ["--encoder", "encoder:50051", "--insecure"]
-
-
-def first_search(report: Report, mounted: Container) -> None:
+def search(report: Report, mounted: Container, *, index: bool) -> None:
     """What README.md shows: index a few pictures, search for one of them."""
     pictures = mounted.merged / "tmp/pictures"
     pictures.mkdir()
     for i in range(8):
         Picture.linear_gradient("L").rotate(45 * i).save(pictures / f"{i}.png")
-    where = SEARCH[4:]
-    done = mounted.run(["hashlens", "index", "/tmp/pictures", *where])
-    report.line("search", "`hashlens index` in the image", not done.returncode, last(done.stdout))
-    done = mounted.run(["hashlens", *SEARCH])
-    ok = done.returncode == 0 and "3.png" in done.stdout
-    report.line(
-        "search", "the first search finds the picture itself", ok, "" if ok else done.stdout
-    )
+    where = ["--search", "search:50052", "--encoder", "encoder:50051", "--insecure"]
+    if index:
+        done = mounted.run(["hashlens", "index", "/tmp/pictures", *where])
+        report.line(
+            "search", "`hashlens index` in its image", not done.returncode, last(done.stdout)
+        )
+    done = mounted.run(["hashlens", "search", "/tmp/pictures/3.png", "-k", "3", *where])
+    found = done.returncode == 0 and "3.png" in done.stdout
+    what = "the first search" if index else "after a restart a search"
+    report.line("search", f"{what} finds the picture", found, "" if found else done.stdout)
 
 
 def last(text: str) -> str:
