@@ -41,6 +41,7 @@ class SizeConfig:
     bits: int = setting(64, "Code length, in bits.")
     dim: int = setting(512, "Width of the feature, float16; 0: codes only.")
     payload_bytes: int = setting(100, "Length of each payload.")
+    checkpoint_interval_s: float = setting(30.0, "Longest between checkpoints, in seconds.")
     seed: int = setting(1, "Of the data.")
     data: Path | None = setting(None, "Folder to write below; without, a temporary one.")
 
@@ -111,7 +112,9 @@ def measure(config: SizeConfig, data_dir: Path) -> list[Line]:
     expected = formulas(config)
     n = config.rows
     spec = CollectionSpec(_NAME, "bench", config.bits, config.dim, FeatureDtype.F16, n)
-    with served("search_service", ["--data-dir", str(data_dir)]) as service:
+    arguments = ["--data-dir", str(data_dir)]
+    arguments += ["--checkpoint-interval-s", str(config.checkpoint_interval_s)]
+    with served("search_service", arguments) as service:
         server = redis_pid(data_dir)
         with Client(service.address, service.address) as client:
             client.create_collection(_NAME, spec=spec)
