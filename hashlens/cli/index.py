@@ -17,24 +17,46 @@ import click
 from hashlens import convert
 from hashlens.cli.connect import collection_option, connected, targets
 from hashlens.cli.ingest import CALL_DEADLINE_S, encode_patiently, pipelined
+from hashlens.cli.problems import LISTED_PROBLEMS, Problem, Problems, reporting
 from hashlens.cli.progress import step
 from hashlens.cli.prune import prune_gone
-from hashlens.cli.scan import ImageFile, Problem, scan
+from hashlens.cli.scan import ImageFile, Selection, count_below, found_below
+from hashlens.cli.shard import Shard, ShardType
 from hashlens.cli.text import console, counted, duration, printable, reason_of
 from hashlens.client import Client
-from hashlens.errors import HashlensError, NotFoundError, PreconditionError
+from hashlens.errors import (
+    HashlensError,
+    InvalidInputError,
+    NotFoundError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
 from hashlens.types import CollectionSpec, Encoded, Item, ModelInfo
 
 BATCH_ITEMS = 64
 BATCH_BYTES = 16 * 2**20
 """A batch is cut when it would be larger; `workers` of them are in memory at once."""
 
-LISTED_PROBLEMS = 100
-"""Problems that are listed for people; ``--json`` lists all."""
+INCOMPLETE = 3
+"""Exit status of ``--strict`` when files could not be indexed."""
 
+_REFUSALS = (
+    InvalidInputError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
 
 _MAX_TTL_S = 1e11
 """More than three thousand years."""
+
+
+class Refusal(click.ClickException):
+    """The same run would fail again."""
+
+    exit_code = 2
+    """As Click has it for wrong options."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +87,15 @@ class Outcome:
         """Files that were dealt with."""
         return self.indexed + self.unchanged + len(self.problems)
 
-    def add(self, other: Outcome) -> None:
-        """Add what became of others."""
-        self.indexed += other.indexed
-        self.unchanged += other.unchanged
-        self.problems += other.problems
+
+@dataclass(slots=True)
+class Total:
+    """What became of all files of a run."""
+
+    found: int = 0
+    """Files that were read, or would have been if they had changed."""
+    indexed: int = 0
+    unchanged: int = 0
 
 
 @click.command()
@@ -97,6 +123,36 @@ class Outcome:
     help="Let all images below DIR remove themselves so long after this run has begun.",
 )
 @click.option("--prune", is_flag=True, help="Also remove images whose files below DIR are gone.")
+@click.option(
+    "--ids",
+    type=click.Choice(["absolute", "relative"]),
+    default="absolute",
+    show_default=True,
+    help="An image's id: its absolute path, or its path below DIR, wherever that is mounted.",
+)
+@click.option(
+    "--shard",
+    type=ShardType(),
+    default=Shard(),
+    show_default=True,
+    metavar="I/N",
+    help="Take share I of N, counted from 0: N runs, on as many machines, take every file once.",
+)
+@click.option(
+    "--expected-rows",
+    type=click.IntRange(min=1),
+    default=1_000_000,
+    show_default=True,
+    metavar="ROWS",
+    help="Items to expect in the end, if this run makes the collection.",
+)
+@click.option(
+    "--report",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write what could not be indexed there, a line of JSON each: path below DIR, and reason.",
+)
+@click.option("--strict", is_flag=True, help="Exit with 3 if files could not be indexed.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def index(
     folder: str,
@@ -107,6 +163,11 @@ def index(
     tags: tuple[str, ...],
     ttl_s: float | None,
     prune: bool,
+    ids: str,
+    shard: Shard,
+    expected_rows: int,
+    report: Path | None,
+    strict: bool,
     as_json: bool,
 ) -> None:
     """Put all images below DIR into a collection.
@@ -114,52 +175,90 @@ def index(
     Images that are in already, and whose files have not changed, are skipped; so an interrupted
     run is continued by running it again. With --tag, those that are tagged otherwise are written
     again; with --ttl-s, all are. Files that cannot be read are listed at the end; hidden ones are
-    left out. An image's id is its absolute path.
+    left out.
+
+    With --shard, --prune looks at its own share only. With --ids relative, it takes all images
+    with such ids for those of DIR. A report is replaced when a run has come to its end.
+
+    \b
+    Exit status:
+      0  done, whatever could not be indexed
+      1  a service is away or failed: run again
+      2  the options, a token or the collection do not fit: the same run fails again
+      3  with --strict: done, and some files could not be indexed
     """
     begun = time.monotonic()
-    labels = Labels(
-        tags=convert.tags_from_proto(tags, field="--tag"),
-        # Made absolute once, so that all of the run go together.
-        expires_unix_ms=0 if ttl_s is None else math.ceil((time.time() + ttl_s) * 1000),
-    )
-    root = Path(folder).resolve()
     log = console(stderr=True)
-    with connected(search_target, encoder_target) as client:
-        model = client.model()
-        spec = open_collection(client, collection, model)
-        with log.status("Looking for images ...") as status:
-            counter = itertools.count(1)
-            found = scan(
-                root,
-                model.max_image_bytes,
-                lambda: status.update(f"Looking for images: {next(counter):,} found"),
+    total = Total()
+    try:
+        labels = Labels(
+            tags=convert.tags_from_proto(tags, field="--tag"),
+            # Made absolute once, so that all of the run go together.
+            expires_unix_ms=0 if ttl_s is None else math.ceil((time.time() + ttl_s) * 1000),
+        )
+        root = Path(folder).resolve()
+        with (
+            connected(search_target, encoder_target) as client,
+            reporting(root, report) as problems,
+        ):
+            model = client.model()
+            spec = open_collection(client, collection, model, expected_rows)
+            wanted = Selection(
+                folder=root,
+                max_image_bytes=model.max_image_bytes,
+                shard=shard,
+                relative_ids=ids == "relative",
             )
-        total = Outcome(problems=list(found.problems))
-        batches = cut(found.files, min(BATCH_ITEMS, model.max_batch_items))
-        with step(log, "Indexing", len(found.files), "images") as advance:
-            for outcome in pipelined(
-                lambda batch: index_batch(client, spec, batch, labels), batches, workers
-            ):
-                total.add(outcome)
-                advance(outcome.n_files)
-        with log.status("Pruning ..."):
-            pruned = prune_gone(client, spec, root) if prune else 0
-        n_items = client.collection(collection).n_items
+            with log.status("Looking for images ...") as status:
+                counter = itertools.count(1)
+                n_expected = count_below(
+                    wanted, lambda: status.update(f"Looking for images: {next(counter):,} found")
+                )
+            with step(log, "Indexing", n_expected, "images") as advance:
+                batches = cut(
+                    found_below(wanted, problems.add), min(BATCH_ITEMS, model.max_batch_items)
+                )
+                for outcome in pipelined(
+                    lambda batch: index_batch(client, spec, batch, labels), batches, workers
+                ):
+                    note(outcome, total, problems)
+                    advance(outcome.n_files)
+            with log.status("Pruning ..."):
+                pruned = prune_gone(client, spec, wanted) if prune else 0
+            n_items = client.collection(collection).n_items
+    except _REFUSALS as error:
+        where = f"{error.field}: " if isinstance(error, InvalidInputError) and error.field else ""
+        raise Refusal(printable(where + error.message)) from error
     summary = {
         "collection": collection,
         "folder": str(root),
-        "found": len(found.files),
+        "shard": str(shard),
+        "found": total.found,
         "indexed": total.indexed,
         "unchanged": total.unchanged,
-        "failed": [{"path": p.path, "reason": p.reason} for p in total.problems],
+        "failed": [{"path": p.path, "reason": p.reason} for p in problems.kept],
+        "n_failed": problems.count,
         "pruned": pruned,
         "items": n_items,
         "seconds": round(time.monotonic() - begun, 3),
     }
     click.echo(json.dumps(summary, indent=2) if as_json else described(summary))
+    if strict and problems.count:
+        click.get_current_context().exit(INCOMPLETE)
 
 
-def open_collection(client: Client, name: str, model: ModelInfo) -> CollectionSpec:
+def note(outcome: Outcome, total: Total, problems: Problems) -> None:
+    """Add what became of a batch to what became of all."""
+    total.found += outcome.n_files
+    total.indexed += outcome.indexed
+    total.unchanged += outcome.unchanged
+    for problem in outcome.problems:
+        problems.add(problem)
+
+
+def open_collection(
+    client: Client, name: str, model: ModelInfo, expected_rows: int
+) -> CollectionSpec:
     """Return a collection's specification; it is made if it is not there.
 
     Raises
@@ -170,7 +269,7 @@ def open_collection(client: Client, name: str, model: ModelInfo) -> CollectionSp
     try:
         spec = client.collection(name).spec
     except NotFoundError:
-        return client.create_collection(name).spec
+        return client.create_collection(name, expected_rows=expected_rows).spec
     if (spec.model_id, spec.n_bits) != (model.model_id, model.n_bits):
         raise PreconditionError(
             f"the collection {name} holds embeddings of model {spec.model_id[:12]}, but the "
@@ -196,7 +295,8 @@ def cut(files: Iterable[ImageFile], max_items: int) -> Iterator[list[ImageFile]]
 
 def payload_of(file: ImageFile) -> bytes:
     """Return what is stored with an image; equal as long as its file has not changed."""
-    facts = {"path": file.path, "size": file.size, "mtime_ns": file.mtime_ns}
+    # Of a file whose id says where it is below DIR, that: other machines have it elsewhere.
+    facts = {"path": file.id, "size": file.size, "mtime_ns": file.mtime_ns}
     return json.dumps(facts, ensure_ascii=False).encode("utf-8")
 
 
@@ -204,15 +304,15 @@ def index_batch(
     client: Client, spec: CollectionSpec, batch: list[ImageFile], labels: Labels
 ) -> Outcome:
     """Read, encode and write those of some files that are new, changed or labelled otherwise."""
-    found = client.get_items(spec.name, [file.path for file in batch], deadline_s=CALL_DEADLINE_S)
+    found = client.get_items(spec.name, [file.id for file in batch], deadline_s=CALL_DEADLINE_S)
     stored = {item.id: item for item in found}
-    wanted = {file.path: labels.kept(stored.get(file.path)) for file in batch}
+    wanted = {file.id: labels.kept(stored.get(file.id)) for file in batch}
     fresh = [
         file
         for file in batch
-        if (item := stored.get(file.path)) is None
+        if (item := stored.get(file.id)) is None
         or item.payload != payload_of(file)
-        or wanted[file.path] != Labels(item.tags, item.expires_unix_ms)
+        or wanted[file.id] != Labels(item.tags, item.expires_unix_ms)
     ]
     outcome = Outcome(unchanged=len(batch) - len(fresh))
 
@@ -231,10 +331,11 @@ def index_batch(
         if isinstance(result, HashlensError):
             outcome.problems.append(Problem(file.path, result.message))
         else:
-            items.append(_item(file, result, spec, wanted[file.path]))
+            items.append(_item(file, result, spec, wanted[file.id]))
     written = client.upsert(spec.name, items, deadline_s=CALL_DEADLINE_S)
     outcome.indexed = written.n_written
-    outcome.problems += [Problem(f.id, f.error.message) for f in written.failures]
+    paths = {file.id: file.path for file in files}
+    outcome.problems += [Problem(paths[f.id], f.error.message) for f in written.failures]
     return outcome
 
 
@@ -258,7 +359,7 @@ def _item(file: ImageFile, encoded: Encoded, spec: CollectionSpec, labels: Label
     if spec.dim == 0:
         embedding = replace(embedding, feature=None)
     return Item(
-        id=file.path,
+        id=file.id,
         embedding=embedding,
         payload=payload_of(file),
         tags=labels.tags,
@@ -271,7 +372,7 @@ def described(summary: dict[str, Any]) -> str:
     failed = summary["failed"]
     parts = [f"{summary['indexed']:,} indexed", f"{summary['unchanged']:,} unchanged"]
     if failed:
-        parts.append(f"{len(failed):,} not readable")
+        parts.append(f"{summary['n_failed']:,} not readable")
     if summary["pruned"]:
         parts.append(f"{summary['pruned']:,} removed")
     lines = [
@@ -285,6 +386,7 @@ def described(summary: dict[str, Any]) -> str:
             path = Path(problem["path"])
             shown = path.relative_to(root) if path.is_relative_to(root) else path
             lines.append(f"  {printable(str(shown))}: {printable(problem['reason'])}")
-        if len(failed) > LISTED_PROBLEMS:
-            lines.append(f"  and {len(failed) - LISTED_PROBLEMS:,} more; --json lists all")
+        if summary["n_failed"] > LISTED_PROBLEMS:
+            more = summary["n_failed"] - LISTED_PROBLEMS
+            lines.append(f"  and {more:,} more; --json or --report lists all")
     return "\n".join(lines)

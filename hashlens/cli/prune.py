@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from hashlens import codes
 from hashlens.cli.ingest import CALL_DEADLINE_S
+from hashlens.cli.scan import Selection
 from hashlens.client import Client
-from hashlens.errors import PreconditionError
-from hashlens.types import MAX_K, CollectionSpec, Embedding, Rank, SearchOptions
+from hashlens.types import CollectionSpec, Embedding, Hit
 
 DELETE_IDS = 1000
 """Ids in one call."""
 
+LIST_DEADLINE_S = 3600.0
+"""Time to look through all items."""
 
-def prune_gone(client: Client, spec: CollectionSpec, root: Path) -> int:
-    """Delete the items whose ids are paths below `root` where no file is any more.
+
+def prune_gone(client: Client, spec: CollectionSpec, wanted: Selection) -> int:
+    """Delete the items of a run's images whose files are gone; those of other shards stay.
 
     A file that is there and cannot be read keeps its item.
 
@@ -23,17 +28,13 @@ def prune_gone(client: Client, spec: CollectionSpec, root: Path) -> int:
     -------
     int
         How many were deleted.
-
-    Raises
-    ------
-    PreconditionError
-        The collection is too large to be listed.
     """
-    prefix = f"{root.as_posix().rstrip('/')}/"
     gone = [
-        item_id
-        for item_id in _all_ids(client, spec)
-        if item_id.startswith(prefix) and _is_gone(Path(item_id))
+        hit.id
+        for hit in _all_items(client, spec, with_payload=wanted.relative_ids)
+        if (path := _path_below(wanted, hit)) is not None
+        and wanted.shard.has(path)
+        and _is_gone(wanted.folder / path)
     ]
     return sum(
         client.delete(spec.name, gone[lo : lo + DELETE_IDS], deadline_s=CALL_DEADLINE_S).n_deleted
@@ -41,22 +42,37 @@ def prune_gone(client: Client, spec: CollectionSpec, root: Path) -> int:
     )
 
 
-def _all_ids(client: Client, spec: CollectionSpec) -> list[str]:
-    """Return all ids: the ball around any code, as wide as the code, holds every item."""
-    n_items = client.collection(spec.name).n_items
-    if n_items > MAX_K:
-        raise PreconditionError(
-            f"the collection {spec.name} holds {n_items:,} items: --prune can look through "
-            f"{MAX_K:,} at most"
-        )
+def _path_below(wanted: Selection, hit: Hit) -> str | None:
+    """Return where an item's file is below the folder, None if it never was there."""
+    if not wanted.relative_ids:
+        path = hit.id.removeprefix(wanted.prefix)
+        return path if path != hit.id else None
+    # An id without a folder may be anybody's: ours have it in their payload as well.
+    return hit.id if not hit.id.startswith("/") and _noted_path(hit.payload) == hit.id else None
+
+
+def _noted_path(payload: bytes) -> object:
+    try:
+        facts = json.loads(payload)
+    except ValueError:
+        return None
+    return facts.get("path") if isinstance(facts, dict) else None
+
+
+def _all_items(client: Client, spec: CollectionSpec, *, with_payload: bool) -> Iterator[Hit]:
+    """Yield all items: the ball around any code, as wide as the code, holds every one."""
     centre = Embedding(
         code=bytes(codes.n_bytes(spec.n_bits)), n_bits=spec.n_bits, model_id=spec.model_id
     )
-    options = SearchOptions(
-        k=MAX_K, max_hamming_bits=spec.n_bits, rank=Rank.HAMMING, with_payload=False
+    parts = client.stream_ball(
+        spec.name,
+        embedding=centre,
+        radius_bits=spec.n_bits,
+        with_payload=with_payload,
+        deadline_s=LIST_DEADLINE_S,
     )
-    result = client.search(spec.name, embedding=centre, options=options, deadline_s=CALL_DEADLINE_S)
-    return [hit.id for hit in result.hits]
+    for part in parts:
+        yield from part.hits
 
 
 def _is_gone(path: Path) -> bool:

@@ -34,7 +34,7 @@ _LOADED_S: Final = 600.0
 
 def used_bytes(data_dir: Path) -> int:
     """Return the memory that the server of a search service counts as used, in bytes."""
-    with _server_of(data_dir) as client:
+    with server_of(data_dir) as client:
         return int(client.info("memory")["used_memory"])
 
 
@@ -47,7 +47,7 @@ def wait_trimmed(data_dir: Path, name: str) -> None:
         It takes too long.
     """
     give_up_s = time.monotonic() + _TRIMMED_S
-    with _server_of(data_dir) as client:
+    with server_of(data_dir) as client:
         while client.xlen(Keys(name).log) > 1:
             if time.monotonic() > give_up_s:
                 raise DeadlineError(f"the log was not trimmed within {_TRIMMED_S:g} s")
@@ -99,7 +99,8 @@ def rebuilt(
 
 
 @contextlib.contextmanager
-def _server_of(data_dir: Path) -> Iterator[redis.Redis]:
+def server_of(data_dir: Path) -> Iterator[redis.Redis]:
+    """Give a client of the server that a search service runs on its data."""
     note = json.loads((data_dir / "redis" / "server.json").read_bytes())
     with connect(f"unix://{note['socket']}", _TIMEOUT_S) as client:
         yield client

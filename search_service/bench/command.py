@@ -27,6 +27,7 @@ _BENCHES = {
     "overload": "A service at three times what it can do, and how it comes back.",
     "ingest": "Writing items through the service.",
     "restart": "From start to ready, by rows.",
+    "size": "What a row takes on disks and in memory, beside the formulas.",
     "claim": "2.5 million images, top-1000: the paper's claim, end to end.",
 }
 """Name -> what it measures. Each is the click command of its name in a module of that name."""

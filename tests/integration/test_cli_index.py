@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,8 +14,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from hashlens import Client
+from hashlens import Client, Item
 from hashlens.cli.main import main
+from hashlens.cli.shard import Shard
+from hashlens.errors import HashlensError
 from tests.integration.conftest import SearchProcess
 from tests.support.services import ServiceProcess
 
@@ -126,6 +129,85 @@ def test_pruning_keeps_what_is_elsewhere(
     assert (summary["pruned"], summary["items"]) == (1, 29)
 
 
+def test_shards_take_every_file_once_and_prune_their_own(
+    hashlens: Hashlens, client: Client, collection: str, pictures: Path, tmp_path: Path
+) -> None:
+    def run(folder: Path, index: int, *more: str) -> Any:
+        flags = ("--ids", "relative", "--shard", f"{index}/3", "--json", *more)
+        return summary_of(hashlens("index", folder, "-c", collection, *flags))
+
+    files = sorted(str(path.relative_to(pictures)) for path in pictures.rglob("*.*"))
+    shares = [run(pictures, index)["indexed"] for index in range(3)]
+    assert sum(shares) == client.collection(collection).n_items == 30
+    assert all(shares)
+    assert len(client.get_items(collection, files)) == 30
+
+    # Another machine has the folder elsewhere: nothing is new there.
+    elsewhere = tmp_path / "mnt" / "images"
+    shutil.copytree(pictures, elsewhere)
+    assert [run(elsewhere, index)["unchanged"] for index in range(3)] == shares
+
+    # What others have put there is not below the folder, whatever it is called.
+    (code,) = client.encode_batch([(pictures / files[0]).read_bytes()])
+    assert not isinstance(code, HashlensError)
+    others = ["gone.png", "album 0/nobody.png", "/gone/a.png"]
+    client.upsert(
+        collection,
+        [
+            Item(id=others[0], embedding=code.embedding),
+            Item(id=others[1], embedding=code.embedding, payload=b'["path"]'),
+            Item(id=others[2], embedding=code.embedding, payload=b'{"path": "/gone/a.png"}'),
+        ],
+    )
+    for name in files[:20]:
+        (elsewhere / name).unlink()
+    left = 33
+    for index in range(3):
+        gone = [name for name in files[:20] if Shard(index, 3).has(name)]
+        assert run(elsewhere, index, "--prune")["pruned"] == len(gone) > 0
+        left -= len(gone)
+        assert client.collection(collection).n_items == left
+    kept = {item.id for item in client.get_items(collection, [*files, *others])}
+    assert kept == {*files[20:], *others}
+
+
+def test_a_report_and_what_the_exit_status_says(
+    hashlens: Hashlens, collection: str, pictures: Path, tmp_path: Path
+) -> None:
+    (pictures / "album 0" / "text.png").write_bytes(b"I am no picture")
+    (pictures / "empty.gif").touch()
+    report = tmp_path / "report.jsonl"
+    index = ("index", pictures, "-c", collection, "--report", report)
+    summary = summary_of(hashlens(*index, "--json"))
+    assert (summary["indexed"], summary["n_failed"]) == (30, 2)
+    lines = {
+        line["path"]: line["reason"] for line in map(json.loads, report.read_text().splitlines())
+    }
+    assert lines.keys() == {"album 0/text.png", "empty.gif"}
+    assert lines["empty.gif"] == "empty"
+
+    assert "2 not readable" in hashlens(*index, "--strict", status=3).stdout
+    (pictures / "empty.gif").unlink()
+    hashlens(*index, "--strict", status=3)
+    assert [json.loads(line)["path"] for line in report.read_text().splitlines()] == [
+        "album 0/text.png"
+    ]
+    (pictures / "album 0" / "text.png").unlink()
+    hashlens(*index, "--strict")
+    assert report.read_text() == ""
+    for wrong in (("--shard", "3/3"), ("--ids", "short"), ("--expected-rows", "0")):
+        hashlens(*index, *wrong, status=2)
+    hashlens("index", pictures, "-c", "No Such", status=2)
+
+
+def test_a_collection_is_made_for_as_many_rows_as_are_expected(
+    hashlens: Hashlens, client: Client, collection: str, pictures: Path
+) -> None:
+    flags = ("-c", collection, "--expected-rows", "5000000", "--shard", "0/2")
+    hashlens("index", pictures, *flags)
+    assert client.collection(collection).spec.expected_rows == 5_000_000
+
+
 def test_another_models_collection_is_refused(
     hashlens: Hashlens,
     collection: str,
@@ -138,7 +220,7 @@ def test_another_models_collection_is_refused(
         client.create_collection(
             collection, spec=replace(spec, name=collection, model_id="0" * len(spec.model_id))
         )
-    result = hashlens("index", pictures, "-c", collection, status=1)
+    result = hashlens("index", pictures, "-c", collection, status=2)
     assert "000000000000" in result.stderr
     assert f"hashlens drop {collection}" in result.stderr
 
@@ -262,5 +344,5 @@ def test_tags_and_a_time_to_live(
     assert found("--tag-any", "a", "--tag-none", "b") == 0
     refused = hashlens(*search, "--tag-any", "", status=1)
     assert "--tag-any[0]" in refused.output
-    hashlens(*index, "--tag", "line\nbreak", status=1)
+    hashlens(*index, "--tag", "line\nbreak", status=2)
     hashlens(*index, "--ttl-s", "0", status=2)

@@ -48,7 +48,9 @@ def test_a_batch_that_raises_ends_it() -> None:
 
 
 def test_cut() -> None:
-    files = [ImageFile(str(n), size, 0) for n, size in enumerate([1] * 5 + [BATCH_BYTES, 1, 2])]
+    files = [
+        ImageFile(str(n), str(n), size, 0) for n, size in enumerate([1] * 5 + [BATCH_BYTES, 1, 2])
+    ]
     assert [[f.path for f in batch] for batch in cut(files, 3)] == [
         ["0", "1", "2"], ["3", "4"], ["5"], ["6", "7"],
     ]  # fmt: skip
