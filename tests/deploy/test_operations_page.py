@@ -116,7 +116,7 @@ def test_the_acl_is_the_one_of_the_section_on_redis() -> None:
     (written,) = re.findall(
         r"^user hashlens on #\S* \S* (.*)$", PAGE.replace("$(hash redis)", "x"), re.M
     )
-    assert set(written.split()) - {"-@all", "+client|setinfo"} == set(documented.split())
+    assert set(written.split()) - {"-@all"} == set(documented.split())
 
 
 def test_the_overlay_of_step_2(tmp_path: Path) -> None:

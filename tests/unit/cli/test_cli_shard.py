@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import click
@@ -66,6 +67,29 @@ def test_shards_of_a_folder_and_ids_that_any_mount_has(tmp_path: Path) -> None:
         assert sorted(Path(p.path).name for p in problems) == ["empty.png", "link"]
         ids.append(shares)
     assert ids[0] == ids[1]
+
+
+def test_a_large_folder_is_not_held_in_memory(tmp_path: Path) -> None:
+    n_files = 4000
+    for n in range(n_files):
+        (tmp_path / f"{n}.png").touch()
+    os.truncate(tmp_path / "0.png", 100)
+    wanted = Selection(folder=tmp_path, max_image_bytes=10)
+    n_problems = 0
+
+    def note(problem: Problem) -> None:
+        nonlocal n_problems
+        n_problems += 1
+
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in found_below(wanted, note)) == 0
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert n_problems == n_files
+    # Names alone would be more: 50 bytes each.
+    assert peak_bytes < 100_000
 
 
 def test_a_relative_id_may_be_short_where_the_path_is_long(tmp_path: Path) -> None:
