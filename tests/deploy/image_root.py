@@ -116,7 +116,7 @@ class Root:
         env = {name: value for name, value in os.environ.items() if name.startswith(_HERE)}
         # Here may be a compiler; in the base image there is none.
         env |= {"HOME": "/root", "CC": "/bin/false", "CXX": "/bin/false"}
-        env |= {name: value for name, value in self.arguments.items() if value}
+        env |= {k: value for k, value in self.arguments.items() if value or k not in env}
         with self.mounted() as merged:
             done = subprocess.run(
                 [
@@ -146,7 +146,7 @@ def _mount_point(path: Path, *, is_directory: bool) -> None:
         path.touch()
 
 
-def base(at: Path) -> Root:
+def base(at: Path, *, use_uv: bool) -> Root:
     """What stands for the base image: Python as `python` in /usr/local, with pip or uv as `pip`."""
     # No layer may lie below another of the same mount: the root of the machine is mounted anew.
     machine, work = at / "machine", at / "machine-work"
@@ -170,7 +170,7 @@ def base(at: Path) -> Root:
     pip = local / "bin/pip"
     pip.unlink(missing_ok=True)
     uv = shutil.which("uv", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if uv is None:
+    if uv is None or not use_uv:
         pip.write_text('#!/bin/sh\nexec /usr/local/bin/python -m pip "$@"\n')
     else:
         # The same steps by `uv pip`: the wheels that were fetched before become hard links.

@@ -37,6 +37,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.deploy.images")
     parser.add_argument("--only", choices=["search", "encoder"], help="build and check this image")
     parser.add_argument("--keep", action="store_true", help="leave build/images as it is then")
+    parser.add_argument("--pip", action="store_true", help="install with pip, also if uv is here")
     asked = parser.parse_args()
     if sys.platform != "linux" or os.geteuid() != 0:
         print("images-check needs root on Linux: roots are mounted, users are changed")
@@ -51,7 +52,7 @@ def main() -> int:
         return os.waitstatus_to_exitcode(status)
     status = 1
     try:
-        status = check(at, asked.only)
+        status = check(at, asked.only, use_uv=not asked.pip)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -63,11 +64,11 @@ def remove(at: Path) -> None:
     image_root.call("rm", "-rf", "--one-file-system", at)
 
 
-def check(at: Path, only: str | None) -> int:
+def check(at: Path, only: str | None, *, use_uv: bool) -> int:
     """Build and check; return the exit status."""
     image_root.unshare(image_root.NEW_MOUNTS)
     report = Report()
-    base = image_root.base(at / "base")
+    base = image_root.base(at / "base", use_uv=use_uv)
     roots = {
         name: root
         for name in ("search", "encoder")
@@ -163,6 +164,9 @@ def compose(report: Report, roots: dict[str, Root], at: Path) -> None:
                 report.line(name, f"is healthy, {attempt} start", True, f"after {seconds:.1f} s")
                 if attempt == "first" and name != "redis":
                     writes(report, name, mounted, process, services[name])
+            kernels = Path(roots["search"].image.env["NUMBA_CACHE_DIR"])
+            kept = list((running["search"][0].merged / kernels.relative_to("/")).rglob("*.nbc"))
+            report.line("search", "kernels are kept for the next start", bool(kept))
             search(report, running["search"][0], index=attempt == "first")
             for name in ("search", "encoder") if attempt == "first" else ():
                 packages = set(of_debian(parse(DOCKER / f"{name}.Dockerfile")))
