@@ -70,7 +70,7 @@ def verdicts(report: dict[str, Any], thresholds: dict[str, Any]) -> list[Verdict
     statuses: dict[str, int] = report["statusCodeDistribution"]
     n_ok = statuses.get("OK", 0)
     found = [
-        Verdict("error share", 1 - n_ok / n_calls, thresholds["max_error_share"], ""),
+        Verdict("error share", (n_calls - n_ok) / n_calls, thresholds["max_error_share"], ""),
         *_status_verdicts(statuses, n_calls, thresholds["max_status_share"]),
     ]
     if "min_ok_per_s" in thresholds:

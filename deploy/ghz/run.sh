@@ -48,6 +48,10 @@ mkdir -p "$out"
 
 "$python" "$here/report.py" "$private/report.json" "$scenario" "$shape" "$out/$scenario-$shape" \
   --thresholds "$thresholds"
+case ${HASHLENS_GHZ_PRINT:-} in
+  "" | 0 | false | no | off) ;;
+  *) cat "$out/$scenario-$shape.json" ;;
+esac
 echo "$scenario $shape: $out/$scenario-$shape.html"
 "$python" "$here/check.py" "$out/$scenario-$shape.json" "$scenario" "$shape" \
   --thresholds "$thresholds"
