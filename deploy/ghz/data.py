@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -113,8 +114,11 @@ def protoset() -> bytes:
 
 
 def fill(client: Client, rows: Sequence[Embedding]) -> None:
-    """Make both collections, and write the rows into the one that is searched."""
+    """Make both collections anew, and write the rows into the one that is searched."""
     for name in (SEARCHED, WRITTEN):
+        # What is there is of another model, or has other rows.
+        with suppress(NotFoundError):
+            client.drop_collection(name)
         client.create_collection(name, expected_rows=max(len(rows), 1000))
     client.upsert(SEARCHED, (Item(id=row_id(i), embedding=row) for i, row in enumerate(rows)))
 
@@ -181,13 +185,14 @@ def encoded(client: Client, images: Sequence[bytes]) -> list[Embedding]:
     return embeddings
 
 
-def is_filled(client: Client, n_items: int) -> bool:
-    """Tell whether both collections are there, with their items."""
+def is_filled(client: Client, model_id: str, n_items: int) -> bool:
+    """Tell whether both collections are there, of this model and with their items."""
     try:
-        client.collection(WRITTEN)
-        return client.collection(SEARCHED).n_items == n_items
+        written, searched = client.collection(WRITTEN), client.collection(SEARCHED)
     except NotFoundError:
         return False
+    models = {written.spec.model_id, searched.spec.model_id}
+    return models == {model_id} and searched.n_items == n_items
 
 
 @click.command(help=__doc__)
@@ -197,9 +202,10 @@ def is_filled(client: Client, n_items: int) -> bool:
 def main(encoder_target: str, search_target: str, output: Path, n_items: int) -> None:
     """Make what is missing."""
     with connected(search_target, encoder_target) as client:
-        made = {"form": FORM, "items": n_items, "model_id": client.model().model_id}
+        model_id = client.model().model_id
+        made = {"form": FORM, "items": n_items, "model_id": model_id}
         note = output / "made.json"
-        filled = is_filled(client, n_items)
+        filled = is_filled(client, model_id, n_items)
         if filled and note.exists() and json.loads(note.read_text()) == made:
             return
         garments = make_pictures("garment", N_BASE, SEED)

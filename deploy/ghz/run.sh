@@ -5,7 +5,6 @@
 # with 1 if a threshold of thresholds.json is missed, with 2 if there was nothing to compare. What can
 # be set by the environment: README.md.
 set -euo pipefail
-umask 077
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -33,7 +32,8 @@ if [ -z "$ghz" ]; then
   }
 fi
 
-# Configurations hold the bearer token, and so does what ghz writes: both stay in here.
+# Configurations hold the bearer token, and so does what ghz writes: both stay in here, where nobody
+# else reads.
 private=$(mktemp -d)
 trap 'rm -rf "$private"' EXIT
 
