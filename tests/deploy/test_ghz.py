@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from hashlens import Client
+from tests.support.certificates import Authority
 from tests.support.ghz import (
     GHZ_FOLDER,
     SCENARIOS,
@@ -28,6 +29,7 @@ from tests.support.ghz import (
     tool,
 )
 from tests.support.secrets import nowhere
+from tests.support.secured import SecuredServer
 from tests.support.services import ServiceProcess
 
 ITEMS = "2000"
@@ -214,3 +216,48 @@ def test_call_data_are_made_once_and_anew_for_another_number_of_rows(
         assert client.collection("ghz").n_items == 40
     asked = json.loads((tmp_path / "search-by-id.json").read_text())
     assert all(0 <= int(query["query"]["id"].removeprefix("row-")) < 40 for query in asked)
+
+
+@needs_ghz
+def test_ghz_is_known_by_certificate_and_token(load: Load, tmp_path: Path) -> None:
+    data = ["--output", str(load.out / "data"), "--items", ITEMS]
+    made = execute(sys.executable, GHZ_FOLDER / "data.py", *data, **load.where())
+    assert made.returncode == 0, made.stderr
+    authority = Authority(tmp_path)
+    server_pair, pair = authority.pair("server"), authority.pair("client")
+    tokens, token = tmp_path / "tokens", tmp_path / "token"
+    tokens.write_text(f"read {TOKEN} ghz\n")
+    token.write_text(TOKEN)
+    ghz = tool("ghz")
+    assert ghz is not None
+
+    def statuses(**others: str) -> set[str]:
+        config = GHZ_FOLDER / "config.py"
+        arguments = ["search-by-id", "smoke", "--data", str(load.out / "data"), "--warmup"]
+        configured = execute(
+            sys.executable,
+            config,
+            *arguments,
+            HASHLENS_SEARCH=f"127.0.0.1:{server.port}",
+            HASHLENS_TLS_CA=str(authority.ca),
+            HASHLENS_TLS_NAME="localhost",
+            **others,
+        )
+        path = tmp_path / "config.json"
+        path.write_text(configured.stdout)
+        ended = execute(ghz, "--config", path)
+        assert ended.returncode == 0, ended.stderr
+        return set(json.loads(ended.stdout)["statusCodeDistribution"])
+
+    with SecuredServer(
+        listen="127.0.0.1:0",
+        tls_cert=server_pair.cert,
+        tls_key=server_pair.key,
+        tls_client_ca=authority.ca,
+        tokens=tokens,
+    ) as server:
+        shown = {"HASHLENS_TLS_CERT": str(pair.cert), "HASHLENS_TLS_KEY": str(pair.key)}
+        # It has no such method, and says so to who is let in.
+        assert statuses(**shown, HASHLENS_TOKEN_FILE=str(token)) == {"Unimplemented"}
+        assert statuses(**shown) == {"Unauthenticated"}
+        assert statuses(HASHLENS_TOKEN_FILE=str(token)) == {"Unavailable"}
