@@ -128,7 +128,9 @@ def parse(cluster: Cluster, container: Container) -> dict[str, Any]:
         service = service_of(container)
         if service is not None:
             return service.command.make_context(container.image, words).params
-        name, *words = words
+        # A directory that is mounted has to be there.
+        mounted = {mount["mountPath"] for mount in container.spec.get("volumeMounts", ())}
+        name, *words = ["/" if word in mounted else word for word in words]
         assert name == "hashlens", name
         command: click.Command = hashlens_main
         context = None
