@@ -141,7 +141,10 @@ def parse(cluster: Cluster, container: Container) -> dict[str, Any]:
             if inner is None:
                 raise click.UsageError(f"no command {name}")
             command = inner
-        return command.make_context(name, words, parent=context).params
+        context = command.make_context(name, words, parent=context)
+        # What is said about the connection is noted beside the parameters.
+        noted = [value for value in context.meta.values() if isinstance(value, dict)]
+        return context.params | {name: v for values in noted for name, v in values.items()}
 
 
 def config_of(cluster: Cluster, container: Container) -> EncoderConfig | SearchConfig:
