@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tests.deploy.manifests import (
     Cluster,
     Combination,
     components,
+    kustomize,
     overlays,
     render,
 )
@@ -47,6 +49,18 @@ def test_each_component_and_overlay_has_its_line_and_each_component_its_page() -
         assert f"(components/{name})" in README, name
     for path in overlays():
         assert f"| `{path.name}` |" in README, path.name
+
+
+@pytest.mark.parametrize("directory", overlays(), ids=lambda path: path.name)
+def test_kubectl_renders_what_kustomize_does(directory: Path) -> None:
+    kubectl, command = shutil.which("kubectl"), kustomize()
+    if kubectl is None or command is None or command[0] == kubectl:
+        pytest.skip("kubectl and kustomize are not both installed")
+    done = subprocess.run(
+        [kubectl, "kustomize", str(directory)], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(yaml.safe_load_all(done.stdout)) == render(directory)
 
 
 def test_links_lead_somewhere() -> None:
