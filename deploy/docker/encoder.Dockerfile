@@ -8,8 +8,8 @@ FROM python:${PYTHON}-slim-bookworm AS base
 # only that changes. PyTorch's wheels carry CUDA; nothing else of it is needed but the driver, which
 # the container runtime mounts.
 FROM base AS dependencies
-# Another index than pip's own, and one beside it, such as PyTorch's for CPUs, which makes the image a
-# tenth as large. Both are seen in the image's history: no passwords.
+# Another index than pip's own, and one beside it, such as PyTorch's for CPUs, whose wheels have no
+# CUDA. Both are seen in the image's history: no passwords.
 ARG PIP_INDEX_URL=""
 ARG PIP_EXTRA_INDEX_URL=""
 # pip is the base image's: the virtual environment, which is all that is kept, does without.

@@ -65,17 +65,21 @@ class Container:
             )
 
     def run(self, command: list[str], timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
-        """Run a command beside it, as `docker exec` does."""
-        return subprocess.run(
-            self._words(command),
-            env=self.env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-        )
+        """Run a command beside it, as `docker exec` does; status 124 where it takes too long."""
+        words = self._words(command)
+        try:
+            return subprocess.run(
+                words,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=timeout_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return subprocess.CompletedProcess(words, 124, f"not done after {timeout_s:.0f} s", "")
 
     def wait_healthy(self, process: subprocess.Popen[bytes], within_s: float) -> float:
         """Ask its health check until that succeeds; return how long it took, in seconds.
