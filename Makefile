@@ -12,7 +12,7 @@ FUZZ ?=
 SOAK ?=
 K8S ?=
 TOOLS := $(CURDIR)/.tools/bin
-SOURCES := hashlens encoder_service search_service protos tests
+SOURCES := hashlens encoder_service search_service protos deploy tests
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo claim test faults fuzz soak images-check k8s-check ghz kustomize check format \
