@@ -27,7 +27,7 @@ from tests.deploy.api_client import (
     as_kubectl_sends,
     name_of,
 )
-from tests.deploy.custom_resources import custom_kinds, definition
+from tests.deploy.custom_resources import custom_kinds, definition, schema_path
 
 REPOSITORY = Path(__file__).parents[2]
 ENFORCE = "pod-security.kubernetes.io/enforce"
@@ -146,9 +146,10 @@ def apply_again(api: Api, applied: list[Object], outcome: Outcome) -> None:
     for each in applied:
         before = api.request("GET", api.path(each)).body
         answer = api.apply(each)
-        if outcome.check(f"{name_of(each)} (again)", answer):
-            if without_counts(answer.body) != without_counts(before):
-                outcome.failures.append(f"{name_of(each)}: applied again, it changes")
+        if not outcome.check(f"{name_of(each)} (again)", answer):
+            continue
+        if without_counts(answer.body) != without_counts(before):
+            outcome.failures.append(f"{name_of(each)}: applied again, it changes")
 
 
 def without_counts(an_object: Object) -> Object:
@@ -186,14 +187,28 @@ def delete(api: Api, applied: list[Object], outcome: Outcome) -> None:
             outcome.failures.append(hindrance)
 
 
-def try_combination(api: Api, name: str, objects: list[Object], *, keep: bool) -> Outcome:
-    """Apply one combination to an empty cluster."""
+def exchange(
+    api: Api, plain: list[Object], objects: list[Object], applied: list[Object], outcome: Outcome
+) -> None:
+    """Take the components away from what runs and add them again: no field is in the way."""
+    for what, wanted in (("without components", plain), ("with components again", objects)):
+        applied += [
+            each for each in wanted if outcome.check(f"{name_of(each)} ({what})", api.apply(each))
+        ]
+
+
+def try_combination(
+    api: Api, name: str, objects: list[Object], plain: list[Object] | None, *, keep: bool
+) -> Outcome:
+    """Apply one combination to an empty cluster; `plain` is it without its components."""
     outcome = Outcome(name, n_objects=len(objects))
     started_s = time.monotonic()
     outcome.n_custom = sum(bool(custom_kinds([each])) for each in objects)
     applied = apply(api, objects, outcome)
     admit(api, objects, outcome)
     apply_again(api, applied, outcome)
+    if plain is not None:
+        exchange(api, plain, objects, applied, outcome)
     if not keep:
         delete(api, applied, outcome)
     outcome.took_s = time.monotonic() - started_s
@@ -204,6 +219,8 @@ def define(api: Api, objects: list[Object]) -> list[str]:
     """Register the kinds that Kubernetes does not have; return what hinders it."""
     outcome = Outcome("definitions")
     for kind in custom_kinds(objects):
+        if not schema_path(kind).exists():
+            print(f"any {kind.kind} is accepted: {schema_path(kind).name} is not in deploy/k8s")
         crd = definition(kind)
         if not outcome.check(name_of(crd), api.apply(crd)):
             continue
@@ -233,16 +250,23 @@ def table(outcomes: list[Outcome]) -> str:
 
 
 def check(
-    server: control_plane.ControlPlane, combinations: dict[str, list[Object]], *, keep: bool
+    server: control_plane.ControlPlane,
+    combinations: dict[str, list[Object]],
+    only: str = "",
+    *,
+    keep: bool = False,
 ) -> list[str]:
-    """Try each combination, tell of each and return what failed; with `keep` the last one stays."""
+    """Try combinations, tell of each and return what failed; with `keep` the last one stays."""
     api = Api(server)
     outcomes = []
     failures = define(api, [each for objects in combinations.values() for each in objects])
-    for name, objects in combinations.items():
+    chosen = [name for name in combinations if only in name]
+    for name in chosen:
         print(f"applying {name}", flush=True)
-        kept = keep and name == list(combinations)[-1]
-        outcomes.append(try_combination(api, name, objects, keep=kept))
+        without = name.partition("+")[0]
+        plain = combinations[without] if without != name else None
+        kept = keep and name == chosen[-1]
+        outcomes.append(try_combination(api, name, combinations[name], plain, keep=kept))
     version = api.request("GET", "/version").body["gitVersion"]
     api.close()
     print(f"\nkube-apiserver {version}, etcd v{control_plane.ETCD}\n{table(outcomes)}")
@@ -252,18 +276,17 @@ def check(
     return failures
 
 
-def rendered(only: str) -> dict[str, list[Object]]:
-    """Render every supported combination whose name contains `only`."""
-    return {
-        str(each): manifests.render(each) for each in manifests.supported() if only in str(each)
-    }
+def rendered() -> dict[str, list[Object]]:
+    """Render every supported combination."""
+    return {str(each): manifests.render(each) for each in manifests.supported()}
 
 
 @click.command()
 @click.option("--only", default="", help="Only combinations whose name contains this.")
+@click.option("--kubernetes", default=control_plane.KUBERNETES, show_default=True, help="Version.")
 @click.option("--keep", is_flag=True, help="Let the server run, for kubectl, until Ctrl-C.")
 @click.option("--folder", type=Path, default=Path("build/k8s-check"), show_default=True)
-def main(only: str, keep: bool, folder: Path) -> None:
+def main(only: str, kubernetes: str, keep: bool, folder: Path) -> None:
     """Apply what deploy/k8s renders to a real API server."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if reason := control_plane.why_not():
@@ -271,14 +294,14 @@ def main(only: str, keep: bool, folder: Path) -> None:
         return
     if manifests.kustomize() is None:
         sys.exit("k8s-check needs kustomize: `make kustomize` installs it")
-    combinations = rendered(only)
-    if not combinations:
-        raise click.UsageError(f"no combination's name contains {only!r}")
+    combinations = rendered()
+    if not any(only in name for name in combinations):
+        raise click.UsageError(f"no name contains {only!r}: {', '.join(combinations)}")
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        binaries = control_plane.build(REPOSITORY / ".tools")
+        binaries = control_plane.build(REPOSITORY / ".tools", kubernetes)
         with control_plane.ControlPlane(binaries, folder) as server:
-            failures = check(server, combinations, keep=keep)
+            failures = check(server, combinations, only, keep=keep)
             if keep:
                 wait(server, folder / "kubeconfig")
     except control_plane.ControlPlaneError as error:

@@ -1,8 +1,8 @@
 """A real Kubernetes API server with a real etcd: built with Go, run on free ports of this machine.
 
-The module of Kubernetes cannot be installed by its name, because its go.mod replaces the modules it
-is published in by folders of its own repository. So one small module requires it beside etcd's
-server, and replaces them by what is published.
+The module of Kubernetes cannot be installed by its name, because its go.mod replaces the modules
+it is published in by folders of its own repository. So a small module requires it, and replaces
+them by what is published; etcd's server is built in the same way.
 """
 
 from __future__ import annotations
@@ -27,15 +27,14 @@ from tests.support.certificates import Authority
 
 KUBERNETES = "1.37.2"
 ETCD = "3.7.0"
-"""The version of the server that this Kubernetes is itself tested with: its go.mod names it."""
+"""The version that this Kubernetes is itself tested with: its go.mod names it."""
 GO = (1, 26)
-"""What go.mod of both asks for."""
+"""What the go.mod of both asks for."""
 
 BUILD_S = 3600
 READY_S = 180.0
 STOP_S = 20.0
 
-ADMIN = "system:masters"
 _STAGING = re.compile(r"^\s*(?:replace\s+)?(k8s\.io/[\w-]+)\s+=>\s+\./staging/", re.MULTILINE)
 
 
@@ -53,26 +52,34 @@ class Binaries:
 
 @dataclass(frozen=True)
 class Program:
-    """A program that Go builds."""
+    """A program that Go builds from a module."""
 
     name: str
-    package: str
+    module: str
     version: str
+    package: str
     ldflags: str = "-s -w"
 
+    def path(self, tools: Path) -> Path:
+        """Return where it is, once it is built."""
+        return tools / "bin" / f"{self.name}-{self.version}"
 
-_VERSION = "k8s.io/component-base/version"
-_MAJOR, _MINOR, _ = KUBERNETES.split(".")
-PROGRAMS = (
-    Program(
+
+_ETCD = Program("etcd", "go.etcd.io/etcd/server/v3", ETCD, "go.etcd.io/etcd/server/v3")
+
+
+def apiserver(version: str) -> Program:
+    """Return the API server of a version of Kubernetes."""
+    major, minor, _ = version.split(".")
+    told = {"gitVersion": f"v{version}", "gitMajor": major, "gitMinor": minor}
+    flags = [f"-X k8s.io/component-base/version.{name}={value}" for name, value in told.items()]
+    return Program(
         "kube-apiserver",
+        "k8s.io/kubernetes",
+        version,
         "k8s.io/kubernetes/cmd/kube-apiserver",
-        KUBERNETES,
-        f"-s -w -X {_VERSION}.gitVersion=v{KUBERNETES} -X {_VERSION}.gitMajor={_MAJOR}"
-        f" -X {_VERSION}.gitMinor={_MINOR}",
-    ),
-    Program("etcd", "go.etcd.io/etcd/server/v3", ETCD),
-)
+        " ".join(["-s -w", *flags]),
+    )
 
 
 def why_not() -> str:
@@ -112,25 +119,18 @@ def staging_modules(go_mod: str) -> list[str]:
     return sorted(set(_STAGING.findall(go_mod)))
 
 
-def module(staging: list[str]) -> str:
-    """Write the go.mod that both servers are built from."""
-    if not staging:
-        raise ControlPlaneError("the go.mod of Kubernetes replaces no module by ./staging any more")
-    published = f"v0.{_MINOR}.{KUBERNETES.rpartition('.')[2]}"
+def go_mod(program: Program, staging: list[str]) -> str:
+    """Write the go.mod that a program is built from."""
+    published = f"v0.{program.version.partition('.')[2]}"
     return "\n".join(
         [
             "module hashlens.test/control-plane",
             "",
             f"go {GO[0]}.{GO[1]}.0",
             "",
-            "require (",
-            f"\tgo.etcd.io/etcd/server/v3 v{ETCD}",
-            f"\tk8s.io/kubernetes v{KUBERNETES}",
-            ")",
+            f"require {program.module} v{program.version}",
             "",
-            "replace (",
-            *(f"\t{name} => {name} {published}" for name in staging),
-            ")",
+            *(f"replace {name} => {name} {published}" for name in staging),
             "",
         ]
     )
@@ -149,27 +149,28 @@ def built(program: Program, path: Path) -> bool:
     return re.search(rf"\bv?{re.escape(program.version)}\b", told.stdout) is not None
 
 
-def build(tools: Path) -> Binaries:
-    """Build what is not there yet in its version; it takes minutes, once."""
-    paths = {program.name: tools / "bin" / program.name for program in PROGRAMS}
-    missing = [program for program in PROGRAMS if not built(program, paths[program.name])]
-    if missing:
-        folder = tools / "build" / "control-plane"
-        folder.mkdir(parents=True, exist_ok=True)
-        told = json.loads(
-            _go(folder, "mod", "download", "-json", f"k8s.io/kubernetes@v{KUBERNETES}")
-        )
-        text = module(staging_modules(Path(told["GoMod"]).read_text()))
-        (folder / "go.mod").write_text(text)
-    for program in missing:
-        print(f"building {program.name} {program.version}, which takes minutes, once", flush=True)
-        path = paths[program.name]
-        path.parent.mkdir(exist_ok=True)
-        options = ("-trimpath", "-mod=mod", "-ldflags", program.ldflags)
-        _go(folder, "build", *options, "-o", str(path.resolve()), program.package)
-        if not built(program, path):
-            raise ControlPlaneError(f"{path} does not say that it is {program.version}")
-    return Binaries(paths["kube-apiserver"], paths["etcd"])
+def build(tools: Path, kubernetes: str = KUBERNETES) -> Binaries:
+    """Build what is not there yet; it takes minutes, once."""
+    program = apiserver(kubernetes)
+    for each in (_ETCD, program):
+        if not built(each, each.path(tools)):
+            print(f"building {each.name} {each.version}, which takes minutes, once", flush=True)
+            _build(each, tools)
+    return Binaries(program.path(tools), _ETCD.path(tools))
+
+
+def _build(program: Program, tools: Path) -> None:
+    path = program.path(tools.resolve())
+    folder = tools / "build" / path.name
+    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    told = _go(folder, "mod", "download", "-json", f"{program.module}@v{program.version}")
+    staging = staging_modules(Path(json.loads(told)["GoMod"]).read_text())
+    (folder / "go.mod").write_text(go_mod(program, staging))
+    options = ("-trimpath", "-mod=mod", "-ldflags", program.ldflags, "-o", str(path))
+    _go(folder, "build", *options, program.package)
+    if not built(program, path):
+        raise ControlPlaneError(f"{path} does not say that it is {program.version}")
 
 
 def _go(folder: Path, *arguments: str) -> str:
@@ -217,7 +218,7 @@ class ControlPlane:
         pair = authority.pair("apiserver")
         tokens = folder / "tokens.csv"
         tokens.touch(mode=0o600)
-        tokens.write_text(f'{self.token},admin,admin,"{ADMIN}"\n')
+        tokens.write_text(f"{self.token},admin,admin,system:masters\n")
         client, peer, port = (free_port() for _ in range(3))
         etcd = f"http://127.0.0.1:{client}"
         self.port, self.ca = port, authority.ca

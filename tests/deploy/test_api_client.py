@@ -60,6 +60,7 @@ class Fake(ControlPlane):
         self.changes = False
         self.keeps = True
         self.stuck = False
+        self.immutable = False
         self.warning = ""
         fake = self
 
@@ -93,6 +94,8 @@ class Fake(ControlPlane):
         return http.client.HTTPConnection("127.0.0.1", self.server.server_port, timeout=timeout_s)
 
     def answer(self, method: str, path: str, body: Object) -> tuple[int, Object]:
+        if path == "/version":
+            return 200, {"gitVersion": "v1.99.0"}
         if path in DISCOVERY:
             return 200, {"resources": DISCOVERY[path]}
         if method == "POST":
@@ -105,6 +108,8 @@ class Fake(ControlPlane):
         if method == "PATCH" and "finalizers" in body.get("metadata", {}):
             return 200, self.objects.pop(path)
         if method == "PATCH":
+            if self.immutable and found and found["spec"] != body["spec"]:
+                return 422, {"message": "field is immutable"}
             number = int((found or body)["metadata"].get("resourceVersion", 0)) + 1
             metadata = {**body["metadata"], "resourceVersion": str(number)}
             if self.changes:
@@ -151,7 +156,7 @@ def api(fake: Fake) -> Iterator[Api]:
 
 
 def tried(api: Api, *objects: Object) -> apiserver.Outcome:
-    return apiserver.try_combination(api, "one", list(objects), keep=False)
+    return apiserver.try_combination(api, "one", list(objects), None, keep=False)
 
 
 def test_a_combination_is_applied_with_strict_validation_and_leaves_nothing(
@@ -174,7 +179,7 @@ def test_a_combination_is_applied_with_strict_validation_and_leaves_nothing(
 
 
 def test_what_is_kept_is_not_deleted(fake: Fake, api: Api) -> None:
-    outcome = apiserver.try_combination(api, "one", [NAMESPACE, CLAIM], keep=True)
+    outcome = apiserver.try_combination(api, "one", [NAMESPACE, CLAIM], None, keep=True)
     assert outcome.failures == []
     assert ON_CLAIM in fake.objects
 
@@ -228,6 +233,41 @@ def test_what_cannot_be_deleted_is_told(
     assert tried(api, PODS).failures == [
         "Deployment/encoder is still there 0 s after it was deleted"
     ]
+
+
+def test_components_are_taken_away_and_added_again(fake: Fake, api: Api) -> None:
+    outcome = apiserver.try_combination(
+        api, "one+tls", [NAMESPACE, PODS], [NAMESPACE, CLAIM], keep=False
+    )
+    assert outcome.failures == []
+    assert fake.objects == {}
+    patched = [path.rpartition("/")[2] for method, path, _ in fake.asked if method == "PATCH"]
+    applied_twice = ["hashlens", "default", "encoder"] * 2
+    assert patched[:10] == [*applied_twice, "hashlens", "data", "hashlens", "encoder"]
+
+
+def test_a_field_that_cannot_be_changed_is_in_the_way(fake: Fake, api: Api) -> None:
+    fake.immutable = True
+    plain: Object = {**PODS, "spec": {}}
+    outcome = apiserver.try_combination(api, "one+tls", [PODS], [plain], keep=False)
+    assert outcome.failures == [
+        "Deployment/encoder (without components): field is immutable",
+    ]
+
+
+def test_only_what_is_asked_for_is_tried_and_told(
+    fake: Fake, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.enforces = False
+    combinations: dict[str, list[Object]] = {"base": [NAMESPACE], "gpu": [], "gpu+tls": [CLAIM]}
+    (failure,) = apiserver.check(fake, combinations, "base")
+    assert failure.startswith("base: Namespace/hashlens does not enforce")
+    assert apiserver.check(fake, combinations, "gpu", keep=True) == []
+    assert list(fake.objects) == [ON_CLAIM]
+    told = capsys.readouterr().out
+    assert "kube-apiserver v1.99.0, etcd" in told
+    assert f"FAILED {failure}" in told
+    assert [line.split()[-1] for line in told.splitlines() if line.startswith("gpu")] == ["ok"] * 2
 
 
 def test_a_connection_that_the_server_closed_is_opened_again(fake: Fake, api: Api) -> None:

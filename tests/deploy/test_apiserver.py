@@ -51,19 +51,14 @@ spec:
 
 
 def test_the_module_replaces_what_kubernetes_publishes_apart_and_nothing_else() -> None:
-    text = control_plane.module(control_plane.staging_modules(GO_MOD))
-    _, minor, patch = control_plane.KUBERNETES.split(".")
-    replaced = [line.strip() for line in text.splitlines() if "=>" in line]
-    assert replaced == [
-        f"{name} => {name} v0.{minor}.{patch}" for name in ("k8s.io/api", "k8s.io/client-go")
+    program = control_plane.apiserver("1.30.14")
+    text = control_plane.go_mod(program, control_plane.staging_modules(GO_MOD))
+    assert [line for line in text.splitlines() if line.startswith(("require", "replace"))] == [
+        "require k8s.io/kubernetes v1.30.14",
+        "replace k8s.io/api => k8s.io/api v0.30.14",
+        "replace k8s.io/client-go => k8s.io/client-go v0.30.14",
     ]
-    assert f"k8s.io/kubernetes v{control_plane.KUBERNETES}" in text
-    assert f"go.etcd.io/etcd/server/v3 v{control_plane.ETCD}" in text
-
-
-def test_a_module_that_replaces_nothing_is_not_built_blindly() -> None:
-    with pytest.raises(control_plane.ControlPlaneError, match="replaces no module"):
-        control_plane.module([])
+    assert "gitMinor=30" in program.ldflags
 
 
 def script(path: Path, text: str) -> None:
@@ -110,7 +105,7 @@ def test_go_that_does_not_work_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_only_a_binary_of_the_right_version_is_taken_for_built(tmp_path: Path) -> None:
-    program = control_plane.Program("etcd", "p", "3.7.0")
+    program = control_plane.Program("etcd", "m", "3.7.0", "p")
     path = tmp_path / "etcd"
     assert not control_plane.built(program, path)
     script(path, "echo 'etcd Version: 3.7.0'")
@@ -131,7 +126,7 @@ def test_a_failed_build_ends_the_check_with_what_go_said(
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr(apiserver, "REPOSITORY", tmp_path)
     monkeypatch.setattr(manifests, "kustomize", lambda: ["kustomize"])
-    monkeypatch.setattr(apiserver, "rendered", lambda only: {"one": [STATEFUL_SET]})
+    monkeypatch.setattr(apiserver, "rendered", lambda: {"one": [STATEFUL_SET]})
     result = CliRunner().invoke(apiserver.main, ["--folder", str(tmp_path / "logs")])
     assert result.exit_code == 1
     assert "k8s-check has no server: go mod download failed:\nno" in result.output
