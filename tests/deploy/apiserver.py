@@ -220,7 +220,10 @@ def define(api: Api, objects: list[Object]) -> list[str]:
     outcome = Outcome("definitions")
     for kind in custom_kinds(objects):
         if not schema_path(kind).exists():
-            print(f"any {kind.kind} is accepted: {schema_path(kind).name} is not in deploy/k8s")
+            outcome.failures.append(
+                f"{kind.kind}: deploy/k8s/schemas has no {schema_path(kind).name}"
+            )
+            continue
         crd = definition(kind)
         if not outcome.check(name_of(crd), api.apply(crd)):
             continue

@@ -55,9 +55,8 @@ def custom_kinds(objects: Iterable[Object]) -> list[CustomKind]:
 
 
 def definition(kind: CustomKind, schemas: Path = SCHEMAS) -> Object:
-    """Return a definition of a kind: by its schema, or one that takes anything."""
-    path = schema_path(kind, schemas)
-    schema = structural(json.loads(path.read_text()) if path.exists() else {"type": "object"})
+    """Return a definition of a kind, by its schema in deploy/k8s/schemas."""
+    schema = structural(json.loads(schema_path(kind, schemas).read_text()))
     for given in ("apiVersion", "kind", "metadata"):
         schema.get("properties", {}).pop(given, None)
     version = {
@@ -82,7 +81,7 @@ def definition(kind: CustomKind, schemas: Path = SCHEMAS) -> Object:
 
 def schema_path(kind: CustomKind, schemas: Path = SCHEMAS) -> Path:
     """Return the file of a kind's schema."""
-    return schemas / f"{kind.kind.lower()}_{kind.version}.json"
+    return schemas / f"{kind.kind.lower()}.{kind.group}_{kind.version}.json"
 
 
 def structural(schema: Any) -> Any:

@@ -270,6 +270,13 @@ def test_only_what_is_asked_for_is_tried_and_told(
     assert [line.split()[-1] for line in told.splitlines() if line.startswith("gpu")] == ["ok"] * 2
 
 
+def test_a_kind_of_an_operator_without_a_schema_is_told(api: Api) -> None:
+    rule = {"apiVersion": "keda.sh/v9", "kind": "ScaledObject"}
+    assert apiserver.define(api, [rule]) == [
+        "ScaledObject: deploy/k8s/schemas has no scaledobject.keda.sh_v9.json"
+    ]
+
+
 def test_a_connection_that_the_server_closed_is_opened_again(fake: Fake, api: Api) -> None:
     assert api.request("GET", "/api/v1").ok
     api._connection.sock.close()
