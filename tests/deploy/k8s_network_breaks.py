@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.deploy.k8s_breaks import (
+    GONE,
     KEDA,
     LABEL,
     PRODUCTION,
@@ -131,7 +132,7 @@ BREAKS: list[tuple[str, Combination, Break, str]] = [
         "policies_fence",
         SMALL,
         without("NetworkPolicy", "default-deny"),
-        "encoder reaches the world",
+        "reaches the world",
     ),
     ("policies_fence", SMALL, without("NetworkPolicy", "dns"), "search does not reach DNS"),
     ("policies_fence", SMALL, without("NetworkPolicy", "search-to-redis"), "not reach redis"),

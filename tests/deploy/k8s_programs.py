@@ -96,7 +96,7 @@ def _value_from(cluster: Cluster, container: Container, source: Mapping[str, Any
             "metadata.name": metadata["name"] + "-0",
             "metadata.namespace": metadata["namespace"],
         }
-        return fields_[reference["fieldPath"]]
+        return str(fields_[reference["fieldPath"]])
     if reference := source.get("secretKeyRef"):
         return cluster.secrets.get(reference["name"], {}).get(reference["key"], "")
     reference = source["configMapKeyRef"]
