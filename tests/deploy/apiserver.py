@@ -3,6 +3,7 @@
 ``python -m tests.deploy.apiserver`` is what ``make k8s-check`` runs. Each supported combination is
 applied, applied again and deleted. No controller runs, so the check does by itself what matters of
 their work: the pods of each workload are put before the server, which admits or refuses them.
+Then what is rendered is broken in many ways, and the server has to find each.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import copy
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import click
 
 from tests.deploy import control_plane, manifests
+from tests.deploy.api_breaks import BREAKS
 from tests.deploy.api_client import (
     Answer,
     Api,
@@ -28,9 +30,9 @@ from tests.deploy.api_client import (
     name_of,
 )
 from tests.deploy.custom_resources import custom_kinds, definition, schema_path
+from tests.deploy.k8s_breaks import PRODUCTION, Break
 
 REPOSITORY = Path(__file__).parents[2]
-ENFORCE = "pod-security.kubernetes.io/enforce"
 KNOWN_S = 30.0
 
 
@@ -215,6 +217,21 @@ def try_combination(
     return outcome
 
 
+def overlooked(
+    api: Api, objects: list[Object], breaks: Sequence[tuple[str, Break, str]]
+) -> list[str]:
+    """Break objects in one way after the other; return the ways that are not found."""
+    missed = []
+    for name, break_them, answer in breaks:
+        broken = copy.deepcopy(objects)
+        break_them(broken)
+        failures = try_combination(api, name, broken, None, keep=False).failures
+        if not any(answer in failure for failure in failures):
+            missed.append(f"{name} is not found: no {answer!r} in {failures}")
+    print(f"found {len(breaks) - len(missed)} of {len(breaks)} ways to break {PRODUCTION}")
+    return missed
+
+
 def define(api: Api, objects: list[Object]) -> list[str]:
     """Register the kinds that Kubernetes does not have; return what hinders it."""
     outcome = Outcome("definitions")
@@ -270,6 +287,8 @@ def check(
         plain = combinations[without] if without != name else None
         kept = keep and name == chosen[-1]
         outcomes.append(try_combination(api, name, combinations[name], plain, keep=kept))
+    if not (only or keep or failures):
+        failures = overlooked(api, combinations[str(PRODUCTION)], BREAKS)
     version = api.request("GET", "/version").body["gitVersion"]
     api.close()
     print(f"\nkube-apiserver {version}, etcd v{control_plane.ETCD}\n{table(outcomes)}")
@@ -319,6 +338,8 @@ def wait(server: control_plane.ControlPlane, kubeconfig: Path) -> None:
     try:
         signal.pause()
     except KeyboardInterrupt:
+        print("ended")
+    finally:
         kubeconfig.unlink()
 
 

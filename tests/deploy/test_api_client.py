@@ -16,6 +16,7 @@ import pytest
 from tests.deploy import apiserver
 from tests.deploy.api_client import Api, Object, UnknownKindError
 from tests.deploy.control_plane import Binaries, ControlPlane
+from tests.deploy.k8s_breaks import Break
 
 NAMESPACE: Object = {
     "apiVersion": "v1",
@@ -66,6 +67,7 @@ class Fake(ControlPlane):
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            wbufsize = 1 << 16
 
             def answer(self) -> None:
                 length = int(self.headers.get("Content-Length") or 0)
@@ -268,6 +270,20 @@ def test_only_what_is_asked_for_is_tried_and_told(
     assert "kube-apiserver v1.99.0, etcd" in told
     assert f"FAILED {failure}" in told
     assert [line.split()[-1] for line in told.splitlines() if line.startswith("gpu")] == ["ok"] * 2
+
+
+def test_a_break_that_is_not_found_is_told(fake: Fake, api: Api) -> None:
+    unknown = {"apiVersion": "apps/v1", "kind": "Deploymint", "metadata": {"name": "a"}}
+    breaks: list[tuple[str, Break, str]] = [
+        ("a kind", lambda objects: objects.append(unknown), "has no Deploymint"),
+        ("nothing", lambda objects: None, "refused"),
+    ]
+    objects: list[Object] = [NAMESPACE]
+    assert apiserver.overlooked(api, objects, breaks) == [
+        "nothing is not found: no 'refused' in []"
+    ]
+    assert objects == [NAMESPACE]
+    assert fake.objects == {}
 
 
 def test_a_kind_of_an_operator_without_a_schema_is_told(api: Api) -> None:
