@@ -12,6 +12,7 @@ PRODUCTION = Combination(K8S / "overlays" / "production")
 KEDA = Combination(BASE, ("autoscale-keda",))
 EXTERNAL = Combination(BASE, ("external-redis",))
 SMALL = Combination(BASE)
+BULK = Combination(BASE, ("bulk-encode",))
 
 
 def find(objects: list[Object], kind: str, name: str) -> Object:
@@ -97,11 +98,21 @@ def certificate(name: str, *path: str | int, to: Any) -> Break:
     return put("Certificate", name, "spec", *path, to=to)
 
 
+_INDEX = ("spec", "template", "spec", "containers", 0)
+
 BREAKS: list[tuple[str, Combination, Break, str]] = [
     ("programs_start", SMALL, setting("encoder", HASHLENS_ENCODER_MAX_QUEUE="1"), "max_queue"),
     ("programs_start", SMALL, setting("search", HASHLENS_SEARCH_GRACE_S="soon"), "soon"),
     ("programs_start", SMALL, setting("search", HASHLENS_SEARCH_INSECURE="no"), "--insecure"),
     ("programs_start", SMALL, container("search", "args", to=["--listne=:1"]), "listne"),
+    (
+        "programs_start",
+        BULK,
+        put("Job", "bulk-encode", *_INDEX, "args", to=["--shrad=1"]),
+        "shrad",
+    ),
+    ("variables_are_known", BULK, setting("bulk-encode", HASHLENS_TOKEN="x"), "HASHLENS_TOKEN is"),
+    ("files_are_there", BULK, setting("bulk-encode", HASHLENS_TOKEN_FILE="/x/y"), "/x/y"),
     ("variables_are_known", SMALL, setting("encoder", HASHLENS_ENCODER_TREADS="2"), "TREADS"),
     ("variables_are_known", SMALL, setting("search", NUMBA_CACHE="/x"), "NUMBA_CACHE"),
     ("references_exist", SMALL, without("ConfigMap", "search"), "ConfigMap search"),

@@ -131,13 +131,16 @@ def tls_is_whole(cluster: Cluster) -> Iterator[str]:
     for name, (server, client) in links.items():
         if (server is None) != (client is None):
             yield f"search to {name}: one end speaks TLS"
-    for pods in cluster.pods():
-        for container in (Container(pods, spec) for spec in pods.containers()):
-            options = redis_options(cluster, container)
-            if options and ("tls-port" in options) != (search.redis_url or "").startswith("rediss"):
-                yield "search to Redis: one end speaks TLS"
-            if options and "tls-port" in options and options.get("port") != "0":
-                yield "Redis: still listens without TLS"
+    for container in cluster.containers():
+        options = redis_options(cluster, container)
+        if options and ("tls-port" in options) != (search.redis_url or "").startswith("rediss"):
+            yield "search to Redis: one end speaks TLS"
+        if options and "tls-port" in options and options.get("port") != "0":
+            yield "Redis: still listens without TLS"
+        if container.spec.get("command", [""])[0] == "hashlens":
+            has_tls = bool(environment(cluster, container).get("HASHLENS_TLS_CA"))
+            if has_tls != (search.tls_cert is not None):
+                yield f"{container.name} to search: one end speaks TLS"
     called = {
         "encoder-tls": search.encoder.rpartition(":")[0],
         "search-tls": (search.advertise or ":").rpartition(":")[0],

@@ -20,7 +20,11 @@ from tests.deploy.k8s_breaks import (
     variable,
     without,
 )
-from tests.deploy.manifests import Combination
+from tests.deploy.manifests import BASE, Combination
+
+BULK = Combination(BASE, ("bulk-encode", "tls"))
+"""Without what tells the Job of TLS."""
+BULK_LABEL = ("Job", "bulk-encode", "spec", "template", "metadata", "labels", "hashlens-client")
 
 BREAKS: list[tuple[str, Combination, Break, str]] = [
     (

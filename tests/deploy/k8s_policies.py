@@ -19,9 +19,9 @@ from tests.deploy.k8s_programs import (
     arguments,
     config_of,
     environment,
+    files_read,
     known_variables,
     parse,
-    paths_read,
     quantity,
     service_of,
 )
@@ -176,10 +176,10 @@ def mounts_are_volumes(cluster: Cluster) -> Iterator[str]:
 
 
 def files_are_there(cluster: Cluster) -> Iterator[str]:
-    """Each file that a service is told to read is a key of what is mounted there."""
+    """Each file that a program is told to read is a key of what is mounted there."""
     for container in cluster.containers():
-        told = config(cluster, container)
-        for path in paths_read(told) if told else ():
+        is_ours = container.image.startswith("hashlens-")
+        for path in files_read(cluster, container) if is_ours else ():
             mount = mount_of(cluster, container, PurePosixPath(path))
             if mount is None or mount.files is None or path.name not in mount.files:
                 yield f"{container.name}: nothing puts {path} there"

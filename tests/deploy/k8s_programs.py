@@ -128,14 +128,23 @@ def parse(cluster: Cluster, container: Container) -> dict[str, Any]:
         service = service_of(container)
         if service is not None:
             return service.command.make_context(container.image, words).params
-        assert words[0] == "hashlens", words
-        context, words = hashlens_main.make_context("hashlens", words[1:]), []
-        while isinstance(context.command, click.Group):
-            words = [*context.protected_args, *context.args]
-            name, command, words = context.command.resolve_command(context, words)
-            assert command is not None
-            context = command.make_context(name, words, parent=context)
-        return context.params
+        # A directory that is mounted has to be there.
+        mounted = {mount["mountPath"] for mount in container.spec.get("volumeMounts", ())}
+        name, *words = ["/" if word in mounted else word for word in words]
+        assert name == "hashlens", name
+        command: click.Command = hashlens_main
+        context = None
+        while isinstance(command, click.Group):
+            context = click.Context(command, context, info_name=name)
+            name, *words = words
+            inner = command.get_command(context, name)
+            if inner is None:
+                raise click.UsageError(f"no command {name}")
+            command = inner
+        context = command.make_context(name, words, parent=context)
+        # What is said about the connection is noted beside the parameters.
+        noted = [value for value in context.meta.values() if isinstance(value, dict)]
+        return context.params | {name: v for values in noted for name, v in values.items()}
 
 
 def config_of(cluster: Cluster, container: Container) -> EncoderConfig | SearchConfig:
@@ -168,11 +177,11 @@ def _variables(command: click.Command) -> Iterator[str]:
         yield from [names] if isinstance(names, str) else names
 
 
-def paths_read(config: EncoderConfig | SearchConfig) -> list[Path]:
-    """Return the files that a service is told to read."""
-    found = []
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if isinstance(value, Path) and field.name != "data_dir":
-            found.append(value)
-    return found
+def files_read(cluster: Cluster, container: Container) -> list[Path]:
+    """Return the certificates, tokens and passwords that one of our programs is told to read."""
+    kept = re.compile("tls_|tokens$|token_file$|password_file$|checkpoint$")
+    try:
+        values = parse(cluster, container)
+    except click.ClickException:
+        return []
+    return [v for name, v in values.items() if isinstance(v, Path) and kept.search(name)]

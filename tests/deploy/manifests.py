@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,8 @@ def supported() -> list[Combination]:
     """Return every combination that is promised to work.
 
     The base and each overlay, alone and with each component that goes with it; and the base with
-    all components at once, once for each way to leave out those that exclude each other.
+    all components at once, once for each way to leave out those that exclude each other. A
+    component may hold a part for another, as bulk-encode does for tls: it comes with both.
     """
     found = []
     for directory in (BASE, *overlays()):
@@ -67,7 +68,7 @@ def supported() -> list[Combination]:
         for name in components():
             if name not in there and not _excluded(name, there):
                 wanted = [name, *(need for need in NEEDS.get(name, ()) if need not in there)]
-                found.append(Combination(directory, _in_order(wanted)))
+                found.append(Combination(directory, _in_order(wanted, there)))
     everything = set(components())
     either = sorted(name for pair in EXCLUDES for name in pair)
     return found + [Combination(BASE, _in_order(everything - {name})) for name in either]
@@ -139,7 +140,12 @@ def _excluded(name: str, there: set[str]) -> bool:
     return any(name in pair and pair & there for pair in EXCLUDES)
 
 
-def _in_order(names: Sequence[str] | set[str]) -> tuple[str, ...]:
+def _in_order(names: Iterable[str], there: Iterable[str] = ()) -> tuple[str, ...]:
+    """Sort components; one that has a part for another gets it where that is used as well."""
+    names = set(names)
+    together = names | set(there)
+    parts = [path.parent for path in (K8S / "components").glob("*/*/kustomization.yaml")]
+    names |= {f"{p.parent.name}/{p.name}" for p in parts if {p.parent.name, p.name} <= together}
     return tuple(sorted(names, key=lambda name: (name in LAST, name)))
 
 
