@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from tests.deploy.k8s_readme import secrets
 from tests.deploy.k8s_server import running_redis
@@ -18,6 +20,7 @@ BINARIES = server_binaries()
 
 
 def connect(port: int, **options: object) -> redis.Redis:
+    options["retry"] = Retry(NoBackoff(), 0)
     return redis.Redis("127.0.0.1", port, protocol=2, socket_timeout=10, **options)  # type: ignore[arg-type]
 
 
