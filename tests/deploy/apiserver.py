@@ -3,7 +3,8 @@
 ``python -m tests.deploy.apiserver`` is what ``make k8s-check`` runs. Each supported combination is
 applied, applied again and deleted. No controller runs, so the check does by itself what matters of
 their work: the pods of each workload are put before the server, which admits or refuses them.
-Then what is rendered is broken in many ways, and the server has to find each.
+Then what is rendered is broken in many ways, and the server has to find each; and kubectl does what
+the pages of deploy/k8s say.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from tests.deploy.api_client import (
 )
 from tests.deploy.custom_resources import custom_kinds, definition, schema_path
 from tests.deploy.k8s_breaks import PRODUCTION, Break
+from tests.deploy.walkthrough import walk
 
 REPOSITORY = Path(__file__).parents[2]
 KNOWN_S = 30.0
@@ -293,8 +295,6 @@ def check(
     api.close()
     print(f"\nkube-apiserver {version}, etcd v{control_plane.ETCD}\n{table(outcomes)}")
     failures += [f"{each.name}: {line}" for each in outcomes for line in each.failures]
-    for line in failures:
-        print("FAILED", line)
     return failures
 
 
@@ -324,6 +324,10 @@ def main(only: str, kubernetes: str, keep: bool, folder: Path) -> None:
         binaries = control_plane.build(REPOSITORY / ".tools", kubernetes)
         with control_plane.ControlPlane(binaries, folder) as server:
             failures = check(server, combinations, only, keep=keep)
+            if not (only or keep):
+                failures += walk(server, binaries.kubectl)
+            for line in failures:
+                print("FAILED", line)
             if keep:
                 wait(server, folder / "kubeconfig")
     except control_plane.ControlPlaneError as error:

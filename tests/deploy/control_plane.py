@@ -48,6 +48,7 @@ class Binaries:
 
     apiserver: Path
     etcd: Path
+    kubectl: Path
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Program:
     version: str
     package: str
     ldflags: str = "-s -w"
+    asked: tuple[str, ...] = ("--version",)
+    """What it tells its version for."""
 
     def path(self, tools: Path) -> Path:
         """Return where it is, once it is built."""
@@ -68,25 +71,20 @@ class Program:
 _ETCD = Program("etcd", "go.etcd.io/etcd/server/v3", ETCD, "go.etcd.io/etcd/server/v3")
 
 
-def apiserver(version: str) -> Program:
-    """Return the API server of a version of Kubernetes."""
+def kubernetes_program(name: str, version: str, *asked: str) -> Program:
+    """Return a program of a version of Kubernetes."""
     major, minor, _ = version.split(".")
     told = {"gitVersion": f"v{version}", "gitMajor": major, "gitMinor": minor}
-    flags = [f"-X k8s.io/component-base/version.{name}={value}" for name, value in told.items()]
-    return Program(
-        "kube-apiserver",
-        "k8s.io/kubernetes",
-        version,
-        "k8s.io/kubernetes/cmd/kube-apiserver",
-        " ".join(["-s -w", *flags]),
-    )
+    flags = [f"-X k8s.io/component-base/version.{key}={value}" for key, value in told.items()]
+    package = f"k8s.io/kubernetes/cmd/{name}"
+    return Program(name, "k8s.io/kubernetes", version, package, " ".join(["-s -w", *flags]), asked)
 
 
 def why_not() -> str:
     """Say why the servers cannot be built here; empty if they can."""
     go = shutil.which("go")
     if go is None:
-        return "no Go toolchain on PATH to build kube-apiserver and etcd with"
+        return "no Go toolchain on PATH to build an API server with"
     told = subprocess.run(
         [go, "env", "GOVERSION", "GOTOOLCHAIN"],
         capture_output=True,
@@ -142,7 +140,7 @@ def built(program: Program, path: Path) -> bool:
         return False
     try:
         told = subprocess.run(
-            [path, "--version"], capture_output=True, text=True, timeout=60, check=False
+            [path, *program.asked], capture_output=True, text=True, timeout=60, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return False
@@ -151,12 +149,16 @@ def built(program: Program, path: Path) -> bool:
 
 def build(tools: Path, kubernetes: str = KUBERNETES) -> Binaries:
     """Build what is not there yet; it takes minutes, once."""
-    program = apiserver(kubernetes)
-    for each in (_ETCD, program):
+    programs = (
+        kubernetes_program("kube-apiserver", kubernetes, "--version"),
+        _ETCD,
+        kubernetes_program("kubectl", KUBERNETES, "version", "--client"),
+    )
+    for each in programs:
         if not built(each, each.path(tools)):
             print(f"building {each.name} {each.version}, which takes minutes, once", flush=True)
             _build(each, tools)
-    return Binaries(program.path(tools), _ETCD.path(tools))
+    return Binaries(*(each.path(tools) for each in programs))
 
 
 def _build(program: Program, tools: Path) -> None:

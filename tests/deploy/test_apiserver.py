@@ -12,7 +12,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from tests.deploy import apiserver, control_plane, manifests
+from tests.deploy import apiserver, control_plane, manifests, walkthrough
 from tests.deploy.api_client import (
     LAST_APPLIED,
     Answer,
@@ -50,7 +50,7 @@ spec:
 
 
 def test_the_module_replaces_what_kubernetes_publishes_apart_and_nothing_else() -> None:
-    program = control_plane.apiserver("1.30.14")
+    program = control_plane.kubernetes_program("kube-apiserver", "1.30.14")
     text = control_plane.go_mod(program, control_plane.staging_modules(GO_MOD))
     assert [line for line in text.splitlines() if line.startswith(("require", "replace"))] == [
         "require k8s.io/kubernetes v1.30.14",
@@ -92,7 +92,7 @@ def test_without_go_the_check_says_why_and_succeeds(
     result = CliRunner().invoke(apiserver.main, ["--folder", str(tmp_path / "logs")])
     assert result.exit_code == 0
     assert result.output == (
-        "k8s-check is skipped: no Go toolchain on PATH to build kube-apiserver and etcd with\n"
+        "k8s-check is skipped: no Go toolchain on PATH to build an API server with\n"
     )
     assert not (tmp_path / "logs").exists()
 
@@ -133,7 +133,7 @@ def test_a_failed_build_ends_the_check_with_what_go_said(
 
 def test_a_server_that_ends_is_reported_with_its_last_words(tmp_path: Path) -> None:
     script(tmp_path / "etcd", "echo no disk; exit 7")
-    binaries = control_plane.Binaries(tmp_path / "none", tmp_path / "etcd")
+    binaries = control_plane.Binaries(*[tmp_path / "etcd"] * 3)
     with (
         pytest.raises(control_plane.ControlPlaneError, match=r"etcd ended with 7:\nno disk"),
         control_plane.ControlPlane(binaries, tmp_path),
@@ -147,7 +147,7 @@ def test_servers_are_ended_even_if_they_ignore_sigterm(
     script(tmp_path / "etcd", "trap '' TERM; echo 1; exec sleep 60")
     monkeypatch.setattr(control_plane, "STOP_S", 0.3)
     monkeypatch.setattr(control_plane, "READY_S", 1.0)
-    binaries = control_plane.Binaries(tmp_path / "none", tmp_path / "etcd")
+    binaries = control_plane.Binaries(*[tmp_path / "etcd"] * 3)
     started: list[subprocess.Popen[bytes]] = []
     popen = subprocess.Popen
 
@@ -276,3 +276,45 @@ def test_a_definition_keeps_the_fields_of_the_schema(tmp_path: Path) -> None:
 )
 def test_schemas_become_structural(schema: object, made: object) -> None:
     assert structural(schema) == made
+
+
+PAGE = """
+```bash
+kubectl create secret generic a
+echo made > secret
+```
+```bash
+kubectl apply -k deploy/k8s/overlays/small
+kubectl wait forever
+```
+"""
+
+
+@pytest.mark.parametrize(
+    ("refuses", "failures"),
+    [("none", []), ("diff", ["kubectl diff -k deploy/k8s/overlays/small: +differs"])],
+)
+def test_what_a_page_says_is_typed(tmp_path: Path, refuses: str, failures: list[str]) -> None:
+    folder = tmp_path / "deploy" / "k8s"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text(PAGE)
+    log = tmp_path / "log"
+    says = (
+        f'test -r "$KUBECONFIG" && echo "$@" >>{log}; [ $1 = {refuses} ] && echo +differs && exit 1'
+    )
+    script(tmp_path / "kubectl", f"{says}; exit 0")
+    server = control_plane.ControlPlane(control_plane.Binaries(*[tmp_path] * 3), tmp_path)
+    assert walkthrough.walk(server, tmp_path / "kubectl", folder) == failures
+    server.stop()
+    assert log.read_text().splitlines() == [
+        "create secret generic a",
+        "apply -k deploy/k8s/overlays/small",
+        "diff -k deploy/k8s/overlays/small",
+    ]
+
+
+def test_the_pages_have_commands() -> None:
+    typed = walkthrough.commands()
+    assert "kubectl apply -k deploy/k8s/overlays/cpu-small" in typed
+    assert "kubectl diff -k deploy/k8s/overlays/cpu-small" in typed
+    assert any("create secret generic redis-acl" in each for each in typed)
