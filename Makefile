@@ -59,7 +59,7 @@ fuzz: $(STAMP) ## Spoiled images and noise on both ports, for a quarter of an ho
 images-check: $(STAMP) ## Do what the images of deploy/docker do, without a container engine
 	$(BIN)/python -m tests.deploy.images
 
-k8s-check: $(STAMP) kustomize ## Apply deploy/k8s to a real API server, built with Go and etcd (K8S='--keep')
+k8s-check: $(STAMP) $(if $(shell command -v go),kustomize) ## Apply deploy/k8s to a real API server, built with Go and etcd (K8S='--keep')
 	$(BIN)/python -m tests.deploy.apiserver $(K8S)
 
 ghz: $(TOOLS)/ghz ## Install ghz, the load generator of deploy/ghz, with Go

@@ -43,7 +43,7 @@ LABEL org.opencontainers.image.title="hashlens-encoder" \
 RUN groupadd --gid 10001 hashlens \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent \
     --shell /usr/sbin/nologin hashlens
-COPY deploy/docker/probe.py /opt/probe.py
+COPY --chmod=0644 deploy/docker/probe.py /opt/probe.py
 COPY --from=dependencies /opt/venv /opt/venv
 COPY --from=package /opt/hashlens /opt/hashlens
 # Listening where others reach it needs a certificate, or --insecure: without either it says so and

@@ -46,7 +46,7 @@ RUN groupadd --gid 10001 hashlens \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent \
     --shell /usr/sbin/nologin hashlens \
     && install -d -o 10001 -g 10001 -m 0700 /var/lib/hashlens
-COPY deploy/docker/probe.py /opt/probe.py
+COPY --chmod=0644 deploy/docker/probe.py /opt/probe.py
 COPY --from=dependencies /opt/venv /opt/venv
 COPY --from=package /opt/hashlens /opt/hashlens
 # Listening where others reach it needs a certificate, or --insecure: without either it says so and

@@ -216,27 +216,29 @@ def _do(root: Root, instruction: Instruction, files: list[Path], made: dict[str,
         _mount_point(root.layer / root.image.workdir.lstrip("/"), is_directory=True)
     elif instruction.name == "COPY":
         words = instruction.words()
-        options = [word for word in words if word.startswith("--")]
+        options = dict(word[2:].split("=", 1) for word in words if word.startswith("--"))
         *sources, target = [word for word in words if not word.startswith("--")]
         if not target.startswith("/"):
             target = f"{root.image.workdir}/{target}"
         into = root.layer / target.lstrip("/")
-        if options:
-            (option,) = options
-            name, _, stage = option.partition("=")
-            if name != "--from":
-                raise ValueError(f"line {instruction.line}: {option} is not known here")
-            copy_tree(made[stage].find(sources[0]), into)
+        if unknown := options.keys() - {"from", "chmod"}:
+            raise ValueError(f"line {instruction.line}: {unknown} is not known here")
+        if "from" in options:
+            copy_tree(made[options["from"]].find(sources[0]), into)
             return
         for source in sources:
-            _copy(ROOT / source, into, files, into_directory=target.endswith("/"))
+            copied = _copy(ROOT / source, into, files, into_directory=target.endswith("/"))
+            if "chmod" in options:
+                for path in copied:
+                    path.chmod(int(options["chmod"], 8))
 
 
-def _copy(source: Path, into: Path, files: list[Path], *, into_directory: bool) -> None:
-    """Copy a file, or all in a directory, of what the build sees."""
+def _copy(source: Path, into: Path, files: list[Path], *, into_directory: bool) -> list[Path]:
+    """Copy a file, or all in a directory, of what the build sees; return what was made."""
     chosen = [p for p in files if p == source or source in p.parents]
     if not chosen:
         raise FileNotFoundError(f"{source.relative_to(ROOT)} is not in the build's context")
+    made: list[Path] = []
     for path in chosen:
         if path == source:
             target = into / path.name if into_directory else into
@@ -244,3 +246,5 @@ def _copy(source: Path, into: Path, files: list[Path], *, into_directory: bool) 
             target = into / path.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, target)
+        made.append(target)
+    return made

@@ -58,7 +58,7 @@ def run(block: str, folder: Path) -> list[str]:
 def secrets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """What the block of step 3 makes, and its calls of kubectl."""
     folder = tmp_path_factory.mktemp("step3")
-    calls = run(block_with("mkdir hashlens-secrets"), folder)
+    calls = run(block_with("mkdir -p hashlens-secrets"), folder)
     return folder / "hashlens-secrets", calls
 
 
@@ -161,3 +161,16 @@ def test_alerts_that_are_named_exist() -> None:
     section = PAGE[PAGE.index("## What to do when") :]
     section = section[: section.index("\n## ", 3)]
     assert set(re.findall(r"`(Hashlens\w+)`", section)) == alerts
+
+
+def test_nothing_is_removed_that_was_not_named() -> None:
+    """`rm -r` of a variable that another shell has set would take the whole volume."""
+    removals = [line for block in BLOCKS for line in block.splitlines() if "rm -r" in line]
+    assert len(removals) == 2
+    assert all(line.rstrip().endswith("/${day:?}") for line in removals)
+    (restoring,) = [block for block in BLOCKS if "hashlens restore" in block and "exec" in block]
+    lines = [line for line in restoring.splitlines() if "kubectl -n hashlens exec" in line]
+    # Each only if the one before went well.
+    assert "&&\nkubectl -n hashlens exec restore -- rm -r" in restoring
+    assert "delete pvc" not in restoring
+    assert len(lines) == 3
