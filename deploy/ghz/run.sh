@@ -2,9 +2,11 @@
 # Run one load: run.sh SCENARIO [SHAPE]
 #
 # SCENARIO is a file of scenarios/, SHAPE an entry of shapes.json (smoke unless said otherwise). Fails
-# with 1 if a threshold of thresholds.json is missed, with 2 if there was nothing to compare. What can
-# be set by the environment: README.md.
+# with 1 if a threshold of thresholds.json is missed, with 2 if there was nothing to compare: a service
+# is away, say. What can be set by the environment: README.md.
 set -euo pipefail
+# Until the gate speaks: Python and ghz end with 1 as well.
+trap 'exit 2' ERR
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -53,5 +55,6 @@ case ${HASHLENS_GHZ_PRINT:-} in
   *) cat "$out/$scenario-$shape.json" ;;
 esac
 echo "$scenario $shape: $out/$scenario-$shape.html"
+trap - ERR
 "$python" "$here/check.py" "$out/$scenario-$shape.json" "$scenario" "$shape" \
   --thresholds "$thresholds"

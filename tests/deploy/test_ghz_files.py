@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -84,6 +86,73 @@ def test_without_ghz_it_says_how_to_get_it(tmp_path: Path) -> None:
     ended = execute(bash, copied / "run.sh", "encode", PATH=str(folder))
     assert ended.returncode == 2
     assert "`make ghz` installs it" in ended.stderr
+
+
+KEPT = {"max_error_share": 0, "max_status_share": {}}
+MISSED = {**KEPT, "min_ok_per_s": 1e6}
+
+
+@pytest.mark.parametrize(
+    ("failing", "thresholds", "status"),
+    [
+        ("nothing", KEPT, 0),
+        ("nothing", MISSED, 1),
+        # What could be compared is not, whatever the failing program ends with.
+        *((part, KEPT, 2) for part in ("config.py", "data.py", "warmup", "run", "report.py")),
+    ],
+)
+def test_only_a_missed_threshold_ends_a_run_with_1(
+    tmp_path: Path, failing: str, thresholds: dict[str, Any], status: int
+) -> None:
+    report = tmp_path / "made-up.json"
+    report.write_text(json.dumps(report_of()))
+    python, ghz = tmp_path / "python", tmp_path / "ghz"
+    # Each is named by its file; ghz by its configuration's. There are no services to make data of.
+    python.write_text(
+        f"""#!/bin/sh
+case $(basename "$1") in
+  {failing}) exit 1 ;;
+  data.py) exit 0 ;;
+esac
+exec {shlex.quote(sys.executable)} "$@"
+"""
+    )
+    ghz.write_text(
+        f"""#!/bin/sh
+[ "$(basename "$2" .json)" != {failing} ] || exit 1
+cat {shlex.quote(str(report))}
+"""
+    )
+    for program in (python, ghz):
+        program.chmod(0o755)
+    limits = thresholds_file(tmp_path, "encode", "smoke", thresholds)
+    ended = execute(
+        "bash",
+        GHZ_FOLDER / "run.sh",
+        "encode",
+        PYTHON=str(python),
+        GHZ=str(ghz),
+        HASHLENS_GHZ_OUT=str(tmp_path / "out"),
+        HASHLENS_GHZ_THRESHOLDS=str(limits),
+        TMPDIR=str(tmp_path),
+    )
+    assert ended.returncode == status, ended.stdout + ended.stderr
+    assert ("kept " in ended.stdout) == (status != 2)
+    assert not list(tmp_path.glob("tmp.*")), "configurations stay behind"
+
+
+def test_without_services_there_is_nothing_to_compare(tmp_path: Path) -> None:
+    where = {"HASHLENS_ENCODER": "127.0.0.1:1", "HASHLENS_SEARCH": "127.0.0.1:1"}
+    ended = execute(
+        "bash",
+        GHZ_FOLDER / "run.sh",
+        "encode",
+        GHZ="false",
+        HASHLENS_GHZ_OUT=str(tmp_path),
+        **where,
+    )
+    assert ended.returncode == 2
+    assert "cannot be reached" in ended.stderr
 
 
 def report_of(**others: object) -> dict[str, Any]:
@@ -256,6 +325,32 @@ def test_the_job_is_valid_and_restricted(tmp_path: Path, with_tls: bool) -> None
     items = files["projected"]["sources"][1]["configMap"]["items"]
     assert {item["path"] for item in items} == {f"scenarios/{s}.json" for s in SCENARIOS}
     assert variables["HASHLENS_INSECURE"] == ("false" if with_tls else "true")
+
+
+@needs_kustomize
+def test_an_overlay_has_the_image_of_a_registry(tmp_path: Path) -> None:
+    page = (GHZ_FOLDER / "README.md").read_text().split("### Images of a registry\n")[1]
+    (commands,) = re.findall(r"^```bash\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    build, push = commands.replace("\\\n", "").splitlines()
+    (overlay,) = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    shutil.copytree(GHZ_FOLDER, tmp_path / "ghz")
+    folder = tmp_path / "ghz-mine"
+    folder.mkdir()
+    (folder / "kustomization.yaml").write_text(overlay)
+    pod, maps = job_of(rendered(folder))
+    image = pod["containers"][0]["image"]
+    assert image == "images.example/hashlens-ghz:0.1.0"
+    words = shlex.split(build)
+    assert words[words.index("-t") + 1] == shlex.split(push)[-1] == image
+    argument, _, value = words[words.index("--build-arg") + 1].partition("=")
+    assert value == image.replace("-ghz:", "-encoder:")
+    lines = (GHZ_FOLDER / "Dockerfile").read_text().splitlines()
+    instructions = [line for line in lines if line and not line.startswith("#")]
+    # FROM sees an ARG only if that stands before the first FROM.
+    assert instructions[0].startswith(f"ARG {argument}=")
+    assert f"FROM ${{{argument}}}" in instructions
+    (variables,) = (m for m in maps.values() if "HASHLENS_INSECURE" in m)
+    assert variables["HASHLENS_INSECURE"] == "false"
 
 
 def test_the_image_is_linted() -> None:

@@ -18,7 +18,7 @@ from google.protobuf import descriptor_pb2
 
 from encoder_service.bench.pictures import make_pictures
 from hashlens import Client, Item
-from tests.support.certificates import Authority
+from tests.support.certificates import Authority, Pair
 from tests.support.secured import SecuredServer
 from tests.support.services import ServiceProcess
 
@@ -179,23 +179,85 @@ def test_the_go_client_says_what_fails(
     assert "the credentials require transport level security" in bare.stderr
 
 
-@needs_go
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_go_client_shows_its_token_over_tls(go_client: GoClient, tmp_path: Path) -> None:
-    authority = Authority(tmp_path)
-    pair = authority.pair("server")
-    tokens = tmp_path / "tokens"
+@dataclass(frozen=True)
+class Credentials:
+    """Files of a server with tokens and of its clients; the picture is none, and never read."""
+
+    authority: Authority
+    server: Pair
+    client: Pair
+    tokens: Path
+    right: Path
+    wrong: Path
+    picture: Path
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> Credentials:
+    folder = tmp_path_factory.mktemp("credentials")
+    authority = Authority(folder)
+    tokens, right, wrong, picture = (folder / n for n in ("tokens", "right", "wrong", "picture"))
     tokens.write_text(f"read {'1' * 32} reader\n")
-    right, wrong, picture = (tmp_path / name for name in ("right", "wrong", "picture"))
     right.write_text("1" * 32 + "\n")
     wrong.write_text("2" * 32 + "\n")
     picture.write_bytes(b"any")
+    pairs = authority.pair("server"), authority.pair("client", "client")
+    return Credentials(authority, *pairs, tokens, right, wrong, picture)
+
+
+@needs_go
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_go_client_shows_its_token_over_tls(go_client: GoClient, known: Credentials) -> None:
     with SecuredServer(
-        listen="127.0.0.1:0", tls_cert=pair.cert, tls_key=pair.key, tokens=tokens
+        listen="127.0.0.1:0",
+        tls_cert=known.server.cert,
+        tls_key=known.server.key,
+        tokens=known.tokens,
     ) as server:
-        where = ("-encoder", server.target, "-search", server.target, "-tls-ca", authority.ca)
-        let_in = go_client(*where, "-token-file", right, picture)
+        where = ("-encoder", server.target, "-search", server.target, "-tls-ca", known.authority.ca)
+        let_in = go_client(*where, "-token-file", known.right, known.picture)
         assert "code = Unimplemented" in let_in.stderr
-        refused = go_client(*where, "-token-file", wrong, picture)
+        refused = go_client(*where, "-token-file", known.wrong, known.picture)
         assert "code = Unauthenticated" in refused.stderr
+
+
+@needs_go
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_go_client_shows_a_certificate(go_client: GoClient, known: Credentials) -> None:
+    with SecuredServer(
+        listen="127.0.0.1:0",
+        tls_cert=known.server.cert,
+        tls_key=known.server.key,
+        tls_client_ca=known.authority.ca,
+        tokens=known.tokens,
+    ) as server:
+        where = ("-encoder", server.target, "-search", server.target, "-token-file", known.right)
+        ca = ("-tls-ca", known.authority.ca)
+        cert, key = ("-tls-cert", known.client.cert), ("-tls-key", known.client.key)
+        let_in = go_client(*where, *ca, *cert, *key, known.picture)
+        assert "code = Unimplemented" in let_in.stderr
+        without = go_client(*where, *ca, known.picture)
+        assert "code = Unavailable" in without.stderr
+        halves = go_client(*where, *ca, *cert, known.picture)
+        assert "-tls-cert and -tls-key go together" in halves.stderr
+        # Else the certificate would be left out, and the token sent to anybody.
+        no_authority = go_client(*where, *cert, *key, "-insecure", known.picture)
+        assert "-tls-cert needs -tls-ca" in no_authority.stderr
+
+
+@needs_go
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_go_client_shows_its_token_without_tls_if_told(
+    go_client: GoClient, known: Credentials
+) -> None:
+    with SecuredServer(listen="127.0.0.1:0", tokens=known.tokens) as server:
+        where = ("-encoder", server.target, "-search", server.target)
+        let_in = go_client(*where, "-insecure", "-token-file", known.right, known.picture)
+        assert "code = Unimplemented" in let_in.stderr
+        refused = go_client(*where, "-insecure", "-token-file", known.wrong, known.picture)
+        assert "code = Unauthenticated" in refused.stderr
+        not_told = go_client(*where, "-token-file", known.right, known.picture)
+        assert "the credentials require transport level security" in not_told.stderr

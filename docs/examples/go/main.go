@@ -3,6 +3,9 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
 	"flag"
 	"fmt"
 	"log"
@@ -21,27 +24,57 @@ import (
 const maxMessageBytes = 64 << 20
 
 type options struct {
-	encoder, search, collection, tlsCA, tokenFile, image string
-	k                                                    uint
-	deadline                                             time.Duration
+	encoder, search, collection, image string
+	tlsCA, tlsCert, tlsKey, tokenFile  string
+	insecure                           bool
+	k                                  uint
+	deadline                           time.Duration
 }
 
-// bearer goes with every call. Without TLS it is refused, since others could read it.
-type bearer string
+// bearer goes with every call. Without TLS others could read it, so that must be said to be fine.
+type bearer struct {
+	token    string
+	insecure bool
+}
 
 func (b bearer) GetRequestMetadata(context.Context, ...string) (map[string]string, error) {
-	return map[string]string{"authorization": "Bearer " + string(b)}, nil
+	return map[string]string{"authorization": "Bearer " + b.token}, nil
 }
 
-func (bearer) RequireTransportSecurity() bool { return true }
+func (b bearer) RequireTransportSecurity() bool { return !b.insecure }
 
-func dialOptions(o options) ([]grpc.DialOption, error) {
-	transport := insecure.NewCredentials()
-	if o.tlsCA != "" {
-		var err error
-		if transport, err = credentials.NewClientTLSFromFile(o.tlsCA, ""); err != nil {
+func transportCredentials(o options) (credentials.TransportCredentials, error) {
+	if (o.tlsCert == "") != (o.tlsKey == "") {
+		return nil, errors.New("-tls-cert and -tls-key go together")
+	}
+	if o.tlsCA == "" {
+		if o.tlsCert != "" {
+			return nil, errors.New("-tls-cert needs -tls-ca")
+		}
+		return insecure.NewCredentials(), nil
+	}
+	authorities, err := os.ReadFile(o.tlsCA)
+	if err != nil {
+		return nil, err
+	}
+	config := &tls.Config{RootCAs: x509.NewCertPool()}
+	if !config.RootCAs.AppendCertsFromPEM(authorities) {
+		return nil, fmt.Errorf("%s has no certificate", o.tlsCA)
+	}
+	if o.tlsCert != "" {
+		pair, err := tls.LoadX509KeyPair(o.tlsCert, o.tlsKey)
+		if err != nil {
 			return nil, err
 		}
+		config.Certificates = []tls.Certificate{pair}
+	}
+	return credentials.NewTLS(config), nil
+}
+
+func dialOptions(o options) ([]grpc.DialOption, error) {
+	transport, err := transportCredentials(o)
+	if err != nil {
+		return nil, err
 	}
 	dial := []grpc.DialOption{
 		grpc.WithTransportCredentials(transport),
@@ -53,7 +86,8 @@ func dialOptions(o options) ([]grpc.DialOption, error) {
 		if err != nil {
 			return nil, err
 		}
-		dial = append(dial, grpc.WithPerRPCCredentials(bearer(strings.TrimSpace(string(token)))))
+		dial = append(dial, grpc.WithPerRPCCredentials(
+			bearer{token: strings.TrimSpace(string(token)), insecure: o.insecure}))
 	}
 	return dial, nil
 }
@@ -131,7 +165,12 @@ func main() {
 	flag.StringVar(&o.search, "search", "127.0.0.1:50052", "where the search service is")
 	flag.StringVar(&o.collection, "collection", "photos", "what to search")
 	flag.StringVar(&o.tlsCA, "tls-ca", "", "PEM file of who signs the services' certificates")
-	flag.StringVar(&o.tokenFile, "token-file", "", "file with a bearer token; needs -tls-ca")
+	flag.StringVar(&o.tlsCert, "tls-cert", "", "PEM file of a certificate to show; with -tls-ca")
+	flag.StringVar(&o.tlsKey, "tls-key", "", "PEM file of its key")
+	flag.StringVar(&o.tokenFile, "token-file", "",
+		"file with a bearer token; needs -tls-ca or -insecure")
+	flag.BoolVar(&o.insecure, "insecure", false,
+		"send the token without TLS, for whoever is on the way to read")
 	flag.UintVar(&o.k, "k", 10, "how many hits")
 	flag.DurationVar(&o.deadline, "deadline", 10*time.Second, "time for both calls together")
 	flag.Parse()
