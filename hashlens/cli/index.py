@@ -178,13 +178,14 @@ def index(
     left out.
 
     With --shard, --prune looks at its own share only. With --ids relative, it takes all images
-    with such ids for those of DIR. A report is replaced when a run has come to its end.
+    with such ids for those of DIR. It refuses where no image at all is left below DIR: that may
+    not be mounted. A report is replaced when a run has come to its end.
 
     \b
     Exit status:
       0  done, whatever could not be indexed
       1  a service is away or failed: run again
-      2  the options, a token or the collection do not fit: the same run fails again
+      2  the options, a token, the collection or DIR do not fit: the same run fails again
       3  with --strict: done, and some files could not be indexed
     """
     begun = time.monotonic()

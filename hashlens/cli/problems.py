@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -10,8 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from hashlens.cli.text import reason_of
+from hashlens.errors import InvalidInputError
+
 LISTED_PROBLEMS = 100
 """Problems that are listed for people, and kept in memory where a report has them all."""
+
+_LASTING = frozenset(
+    [
+        errno.EACCES,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EROFS,
+    ]
+)
+"""Why a report cannot be written now, and could not be by another try."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +75,28 @@ def reporting(root: Path, path: Path | None) -> Iterator[Problems]:
     """Collect problems; a report is put in its place when all are known, in one step.
 
     What ends before leaves the report of an earlier run as it was.
+
+    Raises
+    ------
+    InvalidInputError
+        A report cannot be written there; raised before anything is collected.
     """
     if path is None:
         yield Problems(root)
         return
     beside = path.with_name(f".{path.name}.part")
     try:
-        with beside.open("w", encoding="ascii") as file:
+        file = beside.open("w", encoding="ascii")
+    except OSError as error:
+        if error.errno not in _LASTING:
+            raise
+        raise InvalidInputError(
+            f"{path} cannot be written: {reason_of(error)}. Its folder has to be there, and this "
+            "user has to be able to make files in it.",
+            field="--report",
+        ) from error
+    try:
+        with file:
             yield Problems(root, file)
             file.flush()
             os.fsync(file.fileno())

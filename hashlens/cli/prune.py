@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from hashlens import codes
 from hashlens.cli.ingest import CALL_DEADLINE_S
-from hashlens.cli.scan import Selection
+from hashlens.cli.scan import Selection, found_below
+from hashlens.cli.shard import Shard
+from hashlens.cli.text import counted
 from hashlens.client import Client
+from hashlens.errors import PreconditionError
 from hashlens.types import CollectionSpec, Embedding, Hit
 
 DELETE_IDS = 1000
@@ -28,6 +32,11 @@ def prune_gone(client: Client, spec: CollectionSpec, wanted: Selection) -> int:
     -------
     int
         How many were deleted.
+
+    Raises
+    ------
+    PreconditionError
+        Items would be deleted, and no image is left below the folder: it may not be mounted.
     """
     gone = [
         hit.id
@@ -36,10 +45,23 @@ def prune_gone(client: Client, spec: CollectionSpec, wanted: Selection) -> int:
         and wanted.shard.has(path)
         and _is_gone(wanted.folder / path)
     ]
+    # Looked at last: what is unmounted on the way is noticed as well.
+    if gone and not _has_images(wanted):
+        raise PreconditionError(
+            f"--prune would remove {counted(len(gone), 'image')} from {spec.name}, and there is "
+            f"no image at all below {wanted.folder}: nothing was removed. Is it mounted? To "
+            f"remove the collection with all that is in it, run `hashlens drop {spec.name}`."
+        )
     return sum(
         client.delete(spec.name, gone[lo : lo + DELETE_IDS], deadline_s=CALL_DEADLINE_S).n_deleted
         for lo in range(0, len(gone), DELETE_IDS)
     )
+
+
+def _has_images(wanted: Selection) -> bool:
+    """Return whether any image is below the folder, whichever shard has it."""
+    everything = replace(wanted, shard=Shard())
+    return any(True for _ in found_below(everything, lambda problem: None))
 
 
 def _path_below(wanted: Selection, hit: Hit) -> str | None:

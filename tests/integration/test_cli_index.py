@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from hashlens import Client, Item
 from hashlens.cli.main import main
 from hashlens.cli.shard import Shard
-from hashlens.errors import HashlensError
+from hashlens.errors import HashlensError, NotFoundError
 from tests.integration.conftest import SearchProcess
 from tests.support.services import ServiceProcess
 
@@ -200,6 +200,18 @@ def test_a_report_and_what_the_exit_status_says(
     hashlens("index", pictures, "-c", "No Such", status=2)
 
 
+def test_a_report_that_cannot_be_written(
+    hashlens: Hashlens, client: Client, collection: str, pictures: Path, tmp_path: Path
+) -> None:
+    report = tmp_path / "missing" / "report.jsonl"
+    refused = hashlens("index", pictures, "-c", collection, "--report", report, status=2)
+    assert "--report" in refused.output
+    assert str(report) in refused.output.replace("\n", "")
+    # Not even the collection has been made.
+    with pytest.raises(NotFoundError):
+        client.collection(collection)
+
+
 def test_a_collection_is_made_for_as_many_rows_as_are_expected(
     hashlens: Hashlens, client: Client, collection: str, pictures: Path
 ) -> None:
@@ -306,6 +318,37 @@ def test_health(hashlens: Hashlens, encoder: ServiceProcess) -> None:
 def test_an_empty_folder(hashlens: Hashlens, collection: str, tmp_path: Path) -> None:
     summary = summary_of(hashlens("index", tmp_path, "-c", collection, "--prune", "--json"))
     assert (summary["found"], summary["items"], summary["pruned"]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("ids", ["absolute", "relative"])
+def test_a_folder_that_is_not_mounted_is_not_pruned(
+    hashlens: Hashlens, client: Client, pictures: Path, ids: str
+) -> None:
+    name = f"not-mounted-{ids}"
+    index = ("index", pictures, "-c", name, "--ids", ids, "--json")
+    hashlens(*index)
+    mounted = pictures.rename(pictures.with_name("mounted"))
+    pictures.mkdir()
+    # What a mount point may have of its own.
+    (pictures / "lost+found").mkdir()
+    (pictures / "README.txt").write_text("nothing is mounted here")
+    for shard in ("0/1", "1/3"):
+        refused = hashlens(*index, "--prune", "--shard", shard, status=2)
+        assert f"hashlens drop {name}" in refused.output
+        assert client.collection(name).n_items == 30
+
+    # One image that another shard has is enough: the folder is there.
+    shutil.rmtree(pictures)
+    (kept,) = mounted.rglob("000.*")
+    stays = pictures / kept.relative_to(mounted)
+    stays.parent.mkdir(parents=True)
+    shutil.copy2(kept, stays)
+    here = [n for n in range(3) if Shard(n, 3).has(str(kept.relative_to(mounted)))]
+    other = f"{(here[0] + 1) % 3}/3"
+    pruned = summary_of(hashlens(*index, "--prune", "--shard", other))["pruned"]
+    assert 0 < pruned == 30 - client.collection(name).n_items
+    summary = summary_of(hashlens(*index, "--prune"))
+    assert (summary["items"], summary["unchanged"]) == (1, 1)
 
 
 def test_tags_and_a_time_to_live(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -12,6 +13,7 @@ import pytest
 from hashlens.cli.problems import LISTED_PROBLEMS, Problem, reporting
 from hashlens.cli.scan import Selection, count_below, found_below
 from hashlens.cli.shard import Shard, ShardType
+from hashlens.errors import InvalidInputError
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(20)
 
@@ -135,6 +137,43 @@ def test_a_run_that_fails_leaves_the_report_of_the_one_before(tmp_path: Path) ->
         run()
     assert report.read_text() == "before\n"
     assert os.listdir(tmp_path) == ["report.jsonl"]  # noqa: PTH208
+
+
+def enter(report: Path) -> None:
+    with reporting(Path("/pictures"), report):
+        raise AssertionError("a run has begun whose report cannot be written")
+
+
+@pytest.mark.parametrize("folder", ["missing", "file", "n" * 300])
+def test_a_report_that_cannot_be_written_is_found_out_first(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "file").touch()
+    report = tmp_path / folder / "report.jsonl"
+    with pytest.raises(InvalidInputError, match="cannot be written") as caught:
+        enter(report)
+    assert str(report) in caught.value.message
+    assert caught.value.field == "--report"
+
+
+# Root may write everywhere: the answer of the file system is put in its place.
+@pytest.mark.parametrize("reason", [errno.EACCES, errno.EROFS])
+def test_a_report_in_a_folder_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: int
+) -> None:
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise OSError(reason, os.strerror(reason), str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(InvalidInputError, match=os.strerror(reason)):
+        enter(tmp_path / "report.jsonl")
+
+
+def test_another_try_may_write_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        enter(tmp_path / "report.jsonl")
 
 
 def test_without_a_report_all_are_kept() -> None:
