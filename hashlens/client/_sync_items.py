@@ -8,7 +8,7 @@ from hashlens import convert
 from hashlens.client import wire
 from hashlens.client._sync_encoder import EncoderCalls
 from hashlens.client.stream_requests import UpsertRequests
-from hashlens.client.wire import WriteTally
+from hashlens.client.tally import WriteTally
 from hashlens.errors import HashlensError
 from hashlens.types import (
     CollectionInfo,

@@ -26,14 +26,12 @@ from hashlens.types import (
     Encoded,
     FeatureDtype,
     Item,
-    ItemFailure,
     ModelInfo,
     Query,
     SearchOptions,
     SearchResult,
     ServiceHealth,
     TagFilter,
-    WriteResult,
 )
 from hashlens.v1 import embedding_pb2 as epb
 from hashlens.v1 import encoder_service_pb2 as enc
@@ -302,34 +300,6 @@ class Wire:
 
     def _check_size(self, size_bytes: int, advice: str) -> None:
         limits.check_size(size_bytes, self.config.max_message_bytes, advice)
-
-
-@dataclass(slots=True)
-class WriteTally:
-    """Adds up the replies of one chunked write."""
-
-    version: int = 0
-    n_written: int = 0
-    n_sent: int = 0
-    failures: list[ItemFailure] = field(default_factory=list)
-
-    def add(self, request: spb.UpsertRequest, reply: spb.UpsertResponse) -> None:
-        """Count one chunk."""
-        self.version = max(self.version, reply.version)
-        self.n_written += reply.n_written
-        self.failures += [
-            ItemFailure(
-                index=self.n_sent + failure.index, id=failure.id, error=error_of(failure.error)
-            )
-            for failure in reply.failures
-        ]
-        self.n_sent += len(request.items) + len(request.packed.id_ends) // 4
-
-    def result(self) -> WriteResult:
-        """Return the sum."""
-        return WriteResult(
-            version=self.version, n_written=self.n_written, failures=tuple(self.failures)
-        )
 
 
 def spec_for(
