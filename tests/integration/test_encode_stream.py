@@ -170,7 +170,12 @@ def test_a_caller_that_never_reads_is_cut_off(inside: InProcess, images: list[by
         stub = enc_grpc.EncoderServiceStub(channel)
         hose = Hose(images[0])
         call = stub.EncodeStream(iter(hose), timeout=60)
-        wait_until(lambda: inside.n_tasks > tasks + 1, within_s=10, what="a stream")
+        # Not by its tasks alone: they come and go before it has begun.
+        wait_until(
+            lambda: inside.n_admitted > 0 and inside.n_tasks > tasks + 1,
+            within_s=10,
+            what="a stream under way",
+        )
         # One task is gRPC's own, which waits for the caller to take the status.
         wait_until(lambda: inside.n_tasks <= tasks + 1, within_s=60, what="the end of the stream")
         quiet(inside)
