@@ -12,6 +12,7 @@ import click
 # stranger sent: as much as it likes, line breaks and all.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
+from encoder_service import openmp
 from encoder_service.config import EncoderConfig
 from hashlens.config import options
 from hashlens.rpc import logs, server
@@ -22,12 +23,8 @@ from hashlens.rpc import logs, server
 def main(config: EncoderConfig) -> None:
     """Serve EncoderService: image bytes in, binary codes and features out."""
     logs.set_up(config.log_format, config.log_level, config.log_burst)
-    # OpenMP's threads spin while they wait, and take the CPU from whatever else runs here, such as
-    # the other service. It reads this when it is loaded, so the import comes after.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # But a tenth of a millisecond is not worth going to sleep for: a small network's layers take
-    # little longer. Passes side by side have one thread each, and spin for nobody.
-    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+    # Read when torch is loaded, so the import comes after.
+    openmp.set_up()
     from encoder_service.servicer import EncoderServicer
 
     sys.exit(server.run(config, EncoderServicer(config)))

@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from encoder_service import openmp
 from encoder_service.bench import bare
 from encoder_service.bench.bare import Ran, Setup
 from encoder_service.bench.command import BUNDLED, EncodeConfig
@@ -241,8 +242,7 @@ def _case(
 def prepared(config: EncodeConfig) -> Iterator[dict[str, Path]]:
     """Give the models' checkpoints by name, those of random weights while the block runs."""
     # Read by OpenMP when it is loaded: as the service's own main does, for all processes alike.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+    openmp.set_up()
     with interruptible(), tempfile.TemporaryDirectory(prefix="hashlens-bench-") as folder:
         checkpoints = {}
         for model in config.parts("models"):

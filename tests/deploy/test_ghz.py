@@ -30,7 +30,7 @@ from tests.support.ghz import (
 )
 from tests.support.secrets import nowhere
 from tests.support.secured import SecuredServer
-from tests.support.services import ServiceProcess
+from tests.support.services import both_services
 
 ITEMS = "2000"
 ANYTHING = {"max_error_share": 1, "max_status_share": {}}
@@ -65,17 +65,7 @@ class Load:
 def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Load]:
     """Both services as real processes."""
     folder = tmp_path_factory.mktemp("ghz")
-    with (
-        ServiceProcess("encoder_service", log=folder / "encoder.log") as encoder,
-        ServiceProcess(
-            "search_service",
-            "--data-dir",
-            str(folder / "data"),
-            "--encoder",
-            encoder.target,
-            log=folder / "search.log",
-        ) as search,
-    ):
+    with both_services(folder) as (encoder, search):
         yield Load(folder / "out", encoder.target, search.target)
 
 

@@ -20,7 +20,7 @@ from encoder_service.bench.pictures import make_pictures
 from hashlens import Client, Item
 from tests.support.certificates import Authority, Pair
 from tests.support.secured import SecuredServer
-from tests.support.services import ServiceProcess
+from tests.support.services import both_services
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "docs" / "examples" / "go"
@@ -116,17 +116,7 @@ def go_client(protos: Path, tmp_path_factory: pytest.TempPathFactory) -> GoClien
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """Both services; returns where they are."""
     folder = tmp_path_factory.mktemp("services")
-    with (
-        ServiceProcess("encoder_service", log=folder / "encoder.log") as encoder,
-        ServiceProcess(
-            "search_service",
-            "--data-dir",
-            str(folder / "data"),
-            "--encoder",
-            encoder.target,
-            log=folder / "search.log",
-        ) as search,
-    ):
+    with both_services(folder) as (encoder, search):
         yield encoder.target, search.target
 
 

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -91,3 +93,20 @@ def wait_until(condition: object, *, within_s: float, what: str) -> None:
     while not condition():
         assert time.monotonic() < ends_s, f"not within {within_s} s: {what}"
         time.sleep(0.02)
+
+
+@contextmanager
+def both_services(folder: Path) -> Iterator[tuple[ServiceProcess, ServiceProcess]]:
+    """Run an encoder, and a search service that knows it; data and logs are in a folder."""
+    with (
+        ServiceProcess("encoder_service", log=folder / "encoder.log") as encoder,
+        ServiceProcess(
+            "search_service",
+            "--data-dir",
+            str(folder / "data"),
+            "--encoder",
+            encoder.target,
+            log=folder / "search.log",
+        ) as search,
+    ):
+        yield encoder, search
