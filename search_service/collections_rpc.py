@@ -6,7 +6,6 @@ from typing import Final
 
 from hashlens import convert
 from hashlens.errors import InvalidInputError
-from hashlens.types import ReplicaInfo
 from hashlens.v1 import search_service_pb2 as spb
 from search_service.calls import Calls, Context
 
@@ -38,15 +37,15 @@ class CollectionsRpc(Calls):
         collection = await self._collection(request.name, context, field="name")
         if not collection.is_lost:  # Then it would not come, and its state is what is asked for.
             await self._reached(collection, request.min_version, self._ends_s(context))
-        replicas: list[ReplicaInfo] = []
+        reply = spb.GetCollectionResponse()
         if request.with_replicas:
-            replicas = await self._in_store(
-                lambda left_s: collection.replicas(left_s), self._ends_s(context)
+            found = await self._in_store(
+                lambda left_s: collection.look(left_s), self._ends_s(context)
             )
-        return spb.GetCollectionResponse(
-            collection=convert.info_to_proto(collection.newest.info()),
-            replicas=map(convert.replica_to_proto, replicas),
-        )
+            reply.replicas.extend(map(convert.replica_to_proto, found.infos))
+            reply.newest_version = found.seq
+        reply.collection.CopyFrom(convert.info_to_proto(collection.newest.info()))
+        return reply
 
     async def ListCollections(  # noqa: N802 - the contract's name
         self, request: spb.ListCollectionsRequest, context: Context

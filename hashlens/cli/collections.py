@@ -64,8 +64,8 @@ def replicas(name: str, search_target: str, encoder_target: str, as_json: bool) 
     """List the replicas of a collection, and how far behind their files are."""
     with connected(search_target, encoder_target) as client:
         found = client.replicas(name)
-        newest = client.collection(name)
-    version = max([newest.version, *(info.checkpoint_version for info in found)])
+        version = client.newest_version(name)
+        answering = client.collection(name).replica_id
     if as_json:
         listed = [
             {
@@ -76,7 +76,7 @@ def replicas(name: str, search_target: str, encoder_target: str, as_json: bool) 
                 "erased_version": info.erased_version,
                 "silent_ms": info.silent_ms,
                 "live": info.live,
-                "answering": info.id == newest.replica_id,
+                "answering": info.id == answering,
             }
             for info in found
         ]
@@ -87,7 +87,7 @@ def replicas(name: str, search_target: str, encoder_target: str, as_json: bool) 
         is_number = heading in ("safe up to", "behind", "heard of")
         table.add_column(heading, justify="right" if is_number else "left")
     for info in found:
-        mark = " (answers)" if info.id == newest.replica_id else ""
+        mark = " (answers)" if info.id == answering else ""
         table.add_row(
             printable(info.id[:8]) + mark,
             printable(info.address) or "none",

@@ -79,6 +79,20 @@ class AsyncItemCalls(AsyncEncoderCalls):
         reply = await self._call(self._search.GetCollection, request, deadline_s)
         return [convert.replica_from_proto(info) for info in reply.replicas]
 
+    async def newest_version(self, name: str, *, deadline_s: float | None = None) -> int:
+        """Return a collection's version after the last write of anyone.
+
+        Pass it as `min_version` to read all that was acknowledged before, on any replica.
+
+        Raises
+        ------
+        UnavailableError
+            Redis is away.
+        """
+        request = spb.GetCollectionRequest(name=name, with_replicas=True)
+        reply = await self._call(self._search.GetCollection, request, deadline_s)
+        return int(reply.newest_version)
+
     async def collections(self, *, deadline_s: float | None = None) -> list[CollectionInfo]:
         """Return the state of all collections, by name."""
         request = spb.ListCollectionsRequest()

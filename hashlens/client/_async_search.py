@@ -127,6 +127,7 @@ class AsyncSearchCalls(AsyncCalls):
         with_payload: bool = True,
         with_code: bool = False,
         filter: TagFilter | None = None,  # noqa: A002 - the contract's word
+        min_version: int = 0,
         deadline_s: float | None = None,
     ) -> AsyncGenerator[BallPart]:
         """Return all items within a Hamming radius, part by part, in the order of writing.
@@ -146,6 +147,8 @@ class AsyncSearchCalls(AsyncCalls):
             What hits carry beside id and distance.
         filter
             Only items that pass; None: all.
+        min_version
+            Wait until the replica has applied this version, and this client's own writes.
         deadline_s
             Time for the whole ball, reading included, in seconds; None for the client's.
 
@@ -156,7 +159,7 @@ class AsyncSearchCalls(AsyncCalls):
         """
         query = wire.query_of(image, embedding, id)
         request = self._wire.ball_request(
-            collection, query, radius_bits, with_payload, with_code, filter
+            collection, query, radius_bits, with_payload, with_code, filter, min_version
         )
         return self._parts(request, deadline_s)
 

@@ -194,7 +194,7 @@ class Wire:
             ids=ids,
             with_feature=with_feature,
             with_payload=with_payload,
-            min_version=max(min_version, self.version_of(collection)),
+            min_version=self._reaching(collection, min_version),
         )
         self._check_size(request.ByteSize(), _SPLIT)
         return request
@@ -248,6 +248,7 @@ class Wire:
         with_payload: bool,
         with_code: bool,
         wanted: TagFilter | None,
+        min_version: int,
     ) -> spb.StreamBallRequest:
         """Build a StreamBall."""
         if not 0 <= radius_bits <= codes.MAX_BITS:
@@ -265,7 +266,7 @@ class Wire:
             radius_bits=radius_bits,
             with_payload=with_payload,
             with_code=with_code,
-            min_version=self.version_of(collection),
+            min_version=self._reaching(collection, min_version),
             filter=tag_filter,
         )
         self._check_size(request.ByteSize(), "send a smaller picture")
@@ -287,6 +288,14 @@ class Wire:
             filled_bytes += size_bytes
         if chunk:
             yield chunk
+
+    def _reaching(self, collection: str, min_version: int) -> int:
+        """Return a version to wait for: the caller's, and of this client's own writes."""
+        if not 0 <= min_version < 2**64:
+            raise InvalidInputError(
+                f"min_version is {min_version}: not a version", field="min_version"
+            )
+        return max(min_version, self.version_of(collection))
 
     def _options(self, collection: str, options: SearchOptions) -> spb.SearchOptions:
         """Return the wire form, made to wait for this client's own writes."""

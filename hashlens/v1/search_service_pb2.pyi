@@ -288,6 +288,11 @@ class GetCollectionResponse(_message.Message):
 
     COLLECTION_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
+    NEWEST_VERSION_FIELD_NUMBER: _builtins.int
+    newest_version: _builtins.int
+    """The collection's version after the last write of anyone; with the replicas. Pass it as
+    min_version to be sure to read all that was acknowledged before.
+    """
     @_builtins.property
     def collection(self) -> Global___CollectionInfo:
         """Its state on this replica."""
@@ -301,10 +306,11 @@ class GetCollectionResponse(_message.Message):
         *,
         collection: Global___CollectionInfo | None = ...,
         replicas: _abc.Iterable[Global___ReplicaInfo] | None = ...,
+        newest_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "replicas", b"replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "newest_version", b"newest_version", "replicas", b"replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

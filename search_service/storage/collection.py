@@ -12,7 +12,6 @@ from hashlens.types import (
     CollectionInfo,
     CollectionSpec,
     DeleteResult,
-    ReplicaInfo,
 )
 from search_service.snapshot import Snapshot
 from search_service.storage.catalog import Catalog
@@ -146,12 +145,11 @@ class Collection:
         """Whether Redis answers, and takes no writes."""
         return self._live.follower.refusal is not None
 
-    def replicas(self, deadline_s: float) -> list[ReplicaInfo]:
-        """Return all replicas, by id; raises as `catalog.ReplicaList`."""
-        return self.look(deadline_s).infos
-
     def look(self, deadline_s: float) -> Replicas:
-        """Return all replicas and where the log begins; raises as `catalog.ReplicaList`."""
+        """Return all replicas, the newest write and where the log begins, as Redis knows them.
+
+        Raises as `catalog.ReplicaList`.
+        """
         return self._upkeep.look(deadline_s)
 
     def lend(self, leases: Leases, min_version: int) -> Lease:

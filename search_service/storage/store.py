@@ -214,7 +214,7 @@ class Store:
         """
         give_up = time.monotonic() + deadline_s
         collection = self.get(name, deadline_s=deadline_s)
-        return collection.replicas(give_up - time.monotonic())
+        return collection.look(give_up - time.monotonic()).infos
 
     def list(self, *, deadline_s: float = _LOOKUP_S) -> list[CollectionInfo]:
         """Describe all collections, by name; while Redis is away, those on this replica."""

@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 
 from hashlens import Client, CollectionSpec, Embedding, FeatureDtype, Item, codes
 from hashlens.cli.main import main
+from hashlens.cli.transfer import export_command
 from hashlens.cli.transfer.columns import PART_ROWS
 from hashlens.errors import OverloadedError, UnavailableError
 from hashlens.types import WriteResult
@@ -262,7 +263,7 @@ def test_a_replica_that_is_behind_is_asked_again(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It has not yet seen all of what another one listed."""
+    """It has not yet seen all of what another one listed, which had newer writes than asked for."""
     get_items = Client.get_items
 
     def behind(
@@ -272,15 +273,55 @@ def test_a_replica_that_is_behind_is_asked_again(
         return items if min_version >= 10 else items[:7]
 
     monkeypatch.setattr(Client, "get_items", behind)
+    monkeypatch.setattr(Client, "newest_version", lambda *_, **__: 7)
+    name = "test-a-replica-that-is-behind-is-asked-again"
+    client.collection(name)  # The ten are there.
     file = tmp_path / "items.npz"
-    assert (
-        "10 items at version 10"
-        in hashlens("export", "test-a-replica-that-is-behind-is-asked-again", file).stdout
-    )
+    assert "10 items at version 7" in hashlens("export", name, file).stdout
     monkeypatch.undo()
     hashlens("import", file, "behind-copy")
     ids = [item.id for item in moving]
     assert stored(client, "behind-copy", ids) == contents(moving)
+
+
+def test_it_waits_for_what_anyone_has_written(
+    client: Client, hashlens: Hashlens, moving: list[Item], tmp_path: Path
+) -> None:
+    """Also where the replica has not applied it when the export begins."""
+    name = "test-it-waits-for-what-anyone-has-written"
+    for i in range(20):
+        version = client.upsert(name, [replace(moving[0], id=f"new-{i}")]).version
+        printed = hashlens("export", name, tmp_path / f"{i}.npz").stdout
+        assert f"{11 + i} items at version {version}" in printed
+
+
+def test_the_listing_waits(
+    hashlens: Hashlens, moving: list[Item], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a version that does not come: what is asked of the replica is what Redis has said."""
+    monkeypatch.setattr(Client, "newest_version", lambda *_, **__: len(moving) + 1)
+    monkeypatch.setattr(export_command, "EXPORT_DEADLINE_S", 0.5)
+    result = hashlens("export", "test-the-listing-waits", tmp_path / "items.npz", status=1)
+    assert "version 11 has not come in time" in result.stderr
+    assert not (tmp_path / "items.npz").exists()
+
+
+def test_without_redis_it_has_what_the_replica_has(
+    client: Client,
+    hashlens: Hashlens,
+    moving: list[Item],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def away(*_: Any, **__: Any) -> int:
+        raise UnavailableError("Redis is away")
+
+    name = "test-without-redis-it-has-what-the-replica-has"
+    client.collection(name)  # The ten are there.
+    monkeypatch.setattr(Client, "newest_version", away)
+    result = hashlens("export", name, tmp_path / "items.npz")
+    assert f"{len(moving)} items at version 10" in result.stdout
+    assert "may be missing: Redis is away" in result.stderr
 
 
 def test_items_without_their_feature_are_named(

@@ -146,6 +146,39 @@ def test_the_asynchronous_client_reads_the_same(
     assert read(asyncio.run(ask()))[0] == ball_of(stored, stored["0001"], 8)
 
 
+def test_what_anyone_has_written_is_in_a_ball_that_waits_for_it(
+    client: Client, search: SearchProcess
+) -> None:
+    spec = CollectionSpec(name="ball-of-others", model_id=MODEL, n_bits=N_BITS, dim=0)
+    client.create_collection(spec.name, spec=spec)
+    item = Item(id="0", embedding=embedding(bytes(3)))
+
+    async def ask() -> tuple[int, Receipt]:
+        async with AsyncClient(search.target) as peer:
+            version = await peer.newest_version(spec.name)
+            parts = [
+                part
+                async for part in peer.stream_ball(
+                    spec.name, embedding=item.embedding, radius_bits=0, min_version=version
+                )
+            ]
+            return version, read(parts)[1]
+
+    with Client(search.target) as other:
+        for i in range(10):
+            client.upsert(spec.name, [item])
+            assert other.newest_version(spec.name) == 2 * i + 1
+            parts = other.stream_ball(
+                spec.name, embedding=item.embedding, radius_bits=0, min_version=2 * i + 1
+            )
+            assert read(parts)[1].version == 2 * i + 1
+            client.upsert(spec.name, [item])
+            version, receipt = asyncio.run(ask())
+            assert receipt.version == version == 2 * i + 2
+        with pytest.raises(InvalidInputError, match="not a version"):
+            other.stream_ball(spec.name, id="0", radius_bits=0, min_version=-1)
+
+
 def test_a_ball_is_of_one_version_whatever_is_written_meanwhile(
     client: Client, stored: dict[str, bytes]
 ) -> None:

@@ -17,11 +17,13 @@ from hashlens.cli.text import console, counted, printable
 from hashlens.cli.transfer.columns import Columns, ItemWriter, Layout
 from hashlens.cli.transfer.files import suffix_of, writing
 from hashlens.client import Client
+from hashlens.errors import UnavailableError
 from hashlens.types import (
     MAX_ID_BYTES,
     MAX_PAYLOAD_BYTES,
     MAX_TAG_BYTES,
     MAX_TAGS,
+    CollectionInfo,
     CollectionSpec,
     Embedding,
     Item,
@@ -41,7 +43,10 @@ LISTED_IDS = 100
 class Outcome:
     """What became of the items that were there when the export began."""
 
-    version: int = 0
+    version: int
+    """Items are in the file as they were at this version or later."""
+    listed_version: int = 0
+    """What the replica had reached that listed them."""
     n_written: int = 0
     n_vanished: int = 0
     """Deleted before they were read."""
@@ -66,8 +71,8 @@ def export(
     """Write all items of a COLLECTION into FILE: .npz, .parquet or .arrow.
 
     Writing to the collection may go on: every item that is there all the time is in the file, as it
-    was at the printed version or later. The exit status is 1 if items had to be left out because
-    the service has lost their feature.
+    was at the printed version or later, which has all that anyone had written before. The exit
+    status is 1 if items had to be left out because the service has lost their feature.
     """
     suffix_of(file)
     with connected(search_target, encoder_target) as client:
@@ -81,11 +86,12 @@ def export(
             model_id=spec.model_id,
         )
         log = console(stderr=True)
+        version = _newest(client, info)
         with (
             writing(file, layout) as writer,
             step(log, "Exporting", info.n_items, "items") as advance,
         ):
-            outcome = export_items(client, spec, layout, writer, advance)
+            outcome = export_items(client, spec, layout, writer, advance, version)
     summary = {
         "collection": collection,
         "file": str(file),
@@ -103,12 +109,22 @@ def export(
     ctx.exit(1 if outcome.without_feature else 0)
 
 
+def _newest(client: Client, info: CollectionInfo) -> int:
+    """Return the version that has all writes so far; without Redis, what a replica has of them."""
+    try:
+        return client.newest_version(info.spec.name)
+    except UnavailableError as error:
+        click.echo(f"writes of the last moment may be missing: {error}", err=True)
+        return info.version
+
+
 def export_items(
     client: Client,
     spec: CollectionSpec,
     layout: Layout,
     writer: ItemWriter,
     advance: Callable[[int], None],
+    version: int,
 ) -> Outcome:
     """Write all items of a collection; no more than some calls' worth of them is in memory.
 
@@ -124,8 +140,10 @@ def export_items(
         The file.
     advance
         Told how many items were done.
+    version
+        Every replica that is asked must have reached it.
     """
-    outcome = Outcome()
+    outcome = Outcome(version)
     absent: list[str] = []
 
     def read(ids: list[str], min_version: int) -> set[str]:
@@ -145,13 +163,13 @@ def export_items(
         return {item.id for item in items}
 
     for ids in _listed(client, spec, _ids_per_call(layout), outcome):
-        there = read(ids, 0)
+        there = read(ids, version)
         absent += [item_id for item_id in ids if item_id not in there]
     # Another replica, behind the one that listed them, may not have had them yet.
     step_ids = _ids_per_call(layout)
     for begin in range(0, len(absent), step_ids):
         ids = absent[begin : begin + step_ids]
-        outcome.n_vanished += len(ids) - len(read(ids, outcome.version))
+        outcome.n_vanished += len(ids) - len(read(ids, outcome.listed_version))
     return outcome
 
 
@@ -165,6 +183,7 @@ def _listed(
         embedding=centre,
         radius_bits=spec.n_bits,
         with_payload=False,
+        min_version=outcome.version,
         deadline_s=EXPORT_DEADLINE_S,
     )
     ids: list[str] = []
@@ -174,7 +193,7 @@ def _listed(
             yield ids[:n_ids]
             del ids[:n_ids]
         if part.receipt is not None:
-            outcome.version = part.receipt.version
+            outcome.listed_version = part.receipt.version
     if ids:
         yield ids
 
