@@ -6,6 +6,7 @@ import io
 import random
 import socket
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -63,6 +64,7 @@ def test_rates_and_quantiles_are_those_of_the_window() -> None:
         values = sorted(rng.uniform(0, 0.1) for _ in range(4000))
         for value in values:
             fake.seconds.of("S/M").observe(value)
+        time.sleep(0.1)  # The window is told in whole milliseconds.
         watch.look(5)
     found = watch.describe()
     row = found["methods"]["S/M"]
