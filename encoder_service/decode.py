@@ -63,7 +63,7 @@ _PILLOW_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 """The entry of `warnings.filters` that keeps Pillow silent."""
 
 
-def decode(data: bytes, limits: DecodeLimits) -> Image.Image:
+def decode(data: bytes, limits: DecodeLimits, least_px: int = 0) -> Image.Image:
     """Decode an image; safe to call from many threads.
 
     EXIF orientation is applied, transparency laid on white, 16-bit grey reduced to its upper byte
@@ -75,6 +75,9 @@ def decode(data: bytes, limits: DecodeLimits) -> Image.Image:
         The encoded image, in one of `FORMATS`.
     limits
         What it may cost.
+    least_px
+        Unless it is 0, a JPEG is reduced by 2, 4 or 8 as it is decoded, as far as no side gets
+        shorter than this, in pixels. See `Preprocessing.jpeg_draft`.
 
     Returns
     -------
@@ -113,6 +116,8 @@ def decode(data: bytes, limits: DecodeLimits) -> Image.Image:
                 f"the {name} is {width} x {height} pixels, the limit is {structure.pixels:,} "
                 f"{structure.advice}"
             )
+        if least_px and isinstance(image, JpegImageFile):
+            image.draft(None, (least_px, least_px))
         image.load()
         orientation = _orientation(image)
         upright = _to_rgb(image)

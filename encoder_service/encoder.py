@@ -2,7 +2,7 @@
 
 checkpoint = load_checkpoint(default_checkpoint_path())
 encoder = Encoder(checkpoint)
-image = decode(path.read_bytes(), DecodeLimits())
+image = decode(path.read_bytes(), DecodeLimits(), encoder.preprocessing.least_px)
 encoded = encoder.encode(encoder.preprocessing(image)[np.newaxis])
 """
 

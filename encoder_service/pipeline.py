@@ -151,7 +151,8 @@ class EncodePipeline:
         started_ns = time.monotonic_ns()
         if deadline_ns <= started_ns:
             raise DeadlineError("the deadline passed while the image waited to be decoded")
-        tensor = self._encoder.preprocessing(decode(image, self._limits))
+        preprocessing = self._encoder.preprocessing
+        tensor = preprocessing(decode(image, self._limits, preprocessing.least_px))
         return tensor, time.monotonic_ns() - started_ns
 
     def _run_model(self, batch: list[NDArray[np.float32]]) -> list[_Outputs]:

@@ -53,6 +53,9 @@ class Preprocessing:
     """What becomes a square of side `resize`, of which the crop is cut: ``short``, the largest
     centred square; ``warp``, the whole image with its sides made equal, as the 2015 training files
     have it."""
+    jpeg_draft: bool = False
+    """Whether a JPEG file is decoded at a half, a quarter or an eighth of its size where no side
+    gets shorter than `least_px`: large photographs cost a fraction, and other bits."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.crop <= self.resize <= 4096:
@@ -77,6 +80,19 @@ class Preprocessing:
             raise InvalidInputError(
                 f"fit is {' or '.join(get_args(Fit))}; not {self.fit!r}.", field="preprocessing.fit"
             )
+        if not isinstance(self.jpeg_draft, bool):
+            raise InvalidInputError(
+                f"jpeg_draft is true or false; not {self.jpeg_draft!r}.",
+                field="preprocessing.jpeg_draft",
+            )
+
+    @property
+    def least_px(self) -> int:
+        """To what the sides of an image may be reduced before it is resized, in pixels; 0: not.
+
+        Twice `resize`: the resampling, which averages better than a JPEG decoder, does the rest.
+        """
+        return 2 * self.resize if self.jpeg_draft else 0
 
     def resize_crop(self, image: Image.Image) -> NDArray[np.uint8]:
         """Resize and crop.
@@ -143,13 +159,12 @@ class Preprocessing:
     def to_json(self) -> dict[str, Any]:
         """Return the plain form that is stored with the weights and hashed into `model_id`.
 
-        `fit` is left out where it is ``short``: models from before there was a choice keep their
-        id.
+        What models from before there was a choice have, is left out: they keep their id.
         """
         return {
             name: [float(number) for number in value] if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
-            if (name, value) != ("fit", "short")
+            if (name, value) not in (("fit", "short"), ("jpeg_draft", False))
         }
 
     @classmethod
@@ -163,6 +178,7 @@ class Preprocessing:
                 mean=_three(plain["mean"]),
                 std=_three(plain["std"]),
                 fit=plain.get("fit", "short"),
+                jpeg_draft=plain.get("jpeg_draft", False),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InvalidInputError(

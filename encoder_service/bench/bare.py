@@ -160,7 +160,7 @@ class _Model:
         self._decoders = ThreadPoolExecutor(setup.n_decode_threads)
 
     def decode(self, image: bytes) -> NDArray[np.float32]:
-        return self._preprocessing(decode(image, DecodeLimits()))
+        return self._preprocessing(decode(image, DecodeLimits(), self._preprocessing.least_px))
 
     def begin(self, image: bytes) -> Future[NDArray[np.float32]]:
         return self._decoders.submit(self.decode, image)

@@ -12,7 +12,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from encoder_service import openmp
 from encoder_service.bench import bare
 from encoder_service.bench.bare import Ran, Setup
 from encoder_service.bench.command import BUNDLED, EncodeConfig
+from encoder_service.bench.drawing import paired_bars
 from encoder_service.bench.pictures import Kind, make_pictures
 from encoder_service.bench.service import Applied, apply, check, requests_of, serving, spawned
 from encoder_service.model.checkpoint import default_checkpoint_path
@@ -119,43 +119,21 @@ def drawn(report: Report) -> bytes:
     ImportError
         matplotlib is not installed.
     """
-    figure, (axes,) = new_figure(1, report.machine, 1.5 + 0.8 * len(report.cases))
-    for number, (name, colour) in enumerate((("bare loop", "#E69F00"), ("service", "#0072B2"))):
-        values = [
-            case.service_images_per_s if number else case.bare_images_per_s for case in report.cases
-        ]
-        places = [place + 0.4 * number for place in range(len(values))]
-        bars = axes.barh(places, values, 0.36, color=colour, label=name)
-        axes.bar_label(bars, [f"{value:.0f}" for value in values], padding=3, fontsize="small")
-    labels = [
-        f"{case.model}, {case.pictures}\nratio {case.ratio:.2f}, alone {case.latency_ratio:.2f}x"
-        for case in report.cases
-    ]
-    axes.set_yticks([place + 0.2 for place in range(len(labels))], labels, fontsize="small")
-    axes.invert_yaxis()
-    axes.set(xscale="log", xlabel=f"images a second, {report.cases[0].callers} callers")
-    axes.margins(x=0.2)
-    axes.legend()
-    return png(figure)
-
-
-def new_figure(n_axes: int, title: str, height: float) -> tuple[Any, Sequence[Any]]:
-    """Return a figure and its axes, side by side."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.0, height), layout="constrained")
-    axes = figure.subplots(1, n_axes, squeeze=False)[0]
-    for one in axes:
-        one.grid(visible=True, alpha=0.3)
-    figure.suptitle(f"bench encode\n{title}", fontsize="x-small")
-    return figure, axes
-
-
-def png(figure: Any) -> bytes:
-    """Return a figure's file."""
-    out = BytesIO()
-    figure.savefig(out, format="png", dpi=110, metadata={"Software": None})
-    return out.getvalue()
+    return paired_bars(
+        f"bench encode\n{report.machine}",
+        [
+            f"{case.model}, {case.pictures}\n"
+            f"ratio {case.ratio:.2f}, alone {case.latency_ratio:.2f}x"
+            for case in report.cases
+        ],
+        (
+            ("bare loop", [case.bare_images_per_s for case in report.cases]),
+            ("service", [case.service_images_per_s for case in report.cases]),
+        ),
+        ".0f",
+        xscale="log",
+        xlabel=f"images a second, {report.cases[0].callers} callers",
+    )
 
 
 def run(config: EncodeConfig) -> Report:

@@ -24,18 +24,23 @@ def make_pictures(kind: Kind, n: int, seed: int) -> list[bytes]:
         images, _, _ = load_demo_images()
         rows = rng.choice(len(images), n, replace=False)
         return [_jpeg(Image.fromarray(images[row])) for row in rows]
-    return [_jpeg(_photo(rng)) for _ in range(n)]
+    return make_photos(n, rng, (_WIDTH, _HEIGHT))
 
 
-def _photo(rng: np.random.Generator) -> Image.Image:
+def make_photos(n: int, rng: np.random.Generator, size: tuple[int, int]) -> list[bytes]:
+    """Return n JPEG files that are made up, of a width and height in pixels."""
+    return [_jpeg(_photo(rng, *size)) for _ in range(n)]
+
+
+def _photo(rng: np.random.Generator, width: int, height: int) -> Image.Image:
     """Soft colours, edges and grain: about as many bytes as a photo of that size has."""
     coarse = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    soft = Image.fromarray(coarse).resize((_WIDTH, _HEIGHT), Image.Resampling.BICUBIC)
+    soft = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
     pixels = np.asarray(soft).astype(np.int16)
     for _ in range(12):
-        top, left = rng.integers(0, _HEIGHT), rng.integers(0, _WIDTH)
-        height, width = rng.integers(20, 200, 2)
-        pixels[top : top + height, left : left + width] += rng.integers(-80, 80, 3, dtype=np.int16)
+        top, left = rng.integers(0, height), rng.integers(0, width)
+        rows, columns = rng.integers(20, 200, 2)
+        pixels[top : top + rows, left : left + columns] += rng.integers(-80, 80, 3, dtype=np.int16)
     pixels += rng.normal(0, 6, pixels.shape).astype(np.int16)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 

@@ -12,7 +12,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from encoder_service.bench.command import EncodeConfig
-from encoder_service.bench.measure import kinds, machine, new_figure, png, prepared, settings
+from encoder_service.bench.drawing import new_figure, png
+from encoder_service.bench.measure import kinds, machine, prepared, settings
 from encoder_service.bench.pictures import make_pictures
 from encoder_service.bench.service import Applied, apply, requests_of, serving, spawned
 
@@ -123,7 +124,7 @@ def drawn(swept: Swept) -> bytes:
         matplotlib is not installed.
     """
     crowds = sorted({point.callers for point in swept.points})
-    figure, all_axes = new_figure(len(crowds), swept.machine, 4.5)
+    figure, all_axes = new_figure(len(crowds), f"bench encode\n{swept.machine}", 4.5)
     # Okabe and Ito's colours, told apart with any colour vision.
     colours = dict(zip(MAX_WAITS_MS, ("#0072B2", "#E69F00", "#009E73"), strict=True))
     for axes, callers in zip(all_axes, crowds, strict=True):

@@ -141,7 +141,7 @@ def load_images(
     n = len(source)
 
     def prepare(row: int) -> NDArray[np.uint8]:
-        return square.resize_crop(source.picture(row))
+        return square.resize_crop(source.picture(row, square.least_px))
 
     # Pillow lets go of the interpreter while it decodes, so threads do.
     pool = ThreadPoolExecutor(usable_cpus(), thread_name_prefix="decode")

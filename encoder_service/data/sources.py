@@ -83,11 +83,11 @@ class FileSource:
         )
         raise InvalidInputError(f"{path}: {problem}. Mend or remove it.{_ADVICE}", field="data")
 
-    def picture(self, i: int) -> Image.Image:
+    def picture(self, i: int, least_px: int = 0) -> Image.Image:
         """Decode the file; InvalidInputError, with its name, if it is no whole image."""
         data = self.image_bytes(i)
         try:
-            return decode(data, _LIMITS)
+            return decode(data, _LIMITS, least_px)
         except InvalidInputError as error:
             raise InvalidInputError(
                 f"{self._root / self._names[i]}: {error.message}{_ADVICE}", field="data"
@@ -141,7 +141,7 @@ class PictureSource:
         self.picture(i).save(buffer, "PNG", compress_level=1)
         return buffer.getvalue()
 
-    def picture(self, i: int) -> Image.Image:
+    def picture(self, i: int, least_px: int = 0) -> Image.Image:
         """Return the image, mode RGB."""
         return self._picture(i).convert("RGB")
 
@@ -187,9 +187,9 @@ class PartOfSource:
         """Return what a client would send."""
         return self._whole.image_bytes(int(self._rows[i]))
 
-    def picture(self, i: int) -> Image.Image:
+    def picture(self, i: int, least_px: int = 0) -> Image.Image:
         """Return the image, mode RGB."""
-        return self._whole.picture(int(self._rows[i]))
+        return self._whole.picture(int(self._rows[i]), least_px)
 
     def name(self, i: int) -> str:
         """Return its name in the whole."""

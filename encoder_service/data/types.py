@@ -38,8 +38,8 @@ class Source(Protocol):
     def image_bytes(self, i: int) -> bytes:
         """Return what a client would send: the file's own bytes, or a lossless PNG."""
 
-    def picture(self, i: int) -> Image.Image:
-        """Return the image, mode RGB: exactly what the decoder makes of `image_bytes`."""
+    def picture(self, i: int, least_px: int = 0) -> Image.Image:
+        """Return the image, mode RGB: exactly what `decode` makes of `image_bytes`."""
 
     def name(self, i: int) -> str:
         """Return the file's path relative to the split, or ``test/000123``."""

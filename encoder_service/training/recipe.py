@@ -101,6 +101,11 @@ class Recipe:
     interpolation: Literal["bilinear", "bicubic", "lanczos"] = setting(
         "bilinear", "How images are resized."
     )
+    jpeg_draft: bool = setting(
+        False,
+        "Decode JPEG files at a half, a quarter or an eighth, down to twice resize: large "
+        "photographs cost a fraction. Part of the model, as resize is.",
+    )
     augment: Literal["none", "mirror", "light", "standard", "strong"] = setting(
         "standard", "How much training images are changed at random."
     )

@@ -278,6 +278,7 @@ def make_preprocessing(recipe: Recipe) -> Preprocessing:
         crop=recipe.crop,
         fit=recipe.fit,
         interpolation=recipe.interpolation,
+        jpeg_draft=recipe.jpeg_draft,
         mean=mean,
         std=std,
     )

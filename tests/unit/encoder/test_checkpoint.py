@@ -117,7 +117,12 @@ def test_model_id_follows_every_weight(checkpoint: Checkpoint) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"resize": 33}, {"interpolation": "bicubic"}, {"mean": (0.0, 0.0, 0.0)}],
+    [
+        {"resize": 33},
+        {"interpolation": "bicubic"},
+        {"mean": (0.0, 0.0, 0.0)},
+        {"jpeg_draft": True},
+    ],
 )
 def test_model_id_follows_the_preprocessing(checkpoint: Checkpoint, change: dict[str, Any]) -> None:
     preprocessing = replace(checkpoint.preprocessing, **change)

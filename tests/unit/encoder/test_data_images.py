@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,11 +33,14 @@ def source(tmp_path: Path) -> Source:
 # --- pixels ---
 
 
-@pytest.mark.parametrize("fit", ["short", "warp"])
-def test_memory_and_demand_give_what_serving_sees(source: Source, fit: str) -> None:
-    preprocessing = replace(PREPROCESSING, fit=fit)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "change", [{"fit": "short"}, {"fit": "warp"}, {"resize": 10, "crop": 10, "jpeg_draft": True}]
+)
+def test_memory_and_demand_give_what_serving_sees(source: Source, change: dict[str, Any]) -> None:
+    preprocessing = replace(PREPROCESSING, **change)
+    side, least_px = preprocessing.crop, preprocessing.least_px
     told: list[tuple[int, int]] = []
-    n_bytes = len(source) * 32 * 32 * 3
+    n_bytes = len(source) * side * side * 3
     kept = load_images(
         source, preprocessing, max_cache_bytes=n_bytes, on_progress=lambda *far: told.append(far)
     )
@@ -48,17 +52,17 @@ def test_memory_and_demand_give_what_serving_sees(source: Source, fit: str) -> N
     assert not told
     rows = np.array([3, 11, 0, 3])
     for images in (kept, on_demand):
-        assert (len(images), images.side, images.multi_label) == (12, 32, False)
+        assert (len(images), images.side, images.multi_label) == (12, side, False)
         pixels = images.batch(rows)
         assert pixels.dtype == np.uint8
         assert pixels.flags.writeable
         for row, image in zip(rows, preprocessing.normalise(pixels), strict=True):
-            served = preprocessing(decode(source.image_bytes(row), DecodeLimits()))
+            served = preprocessing(decode(source.image_bytes(row), DecodeLimits(), least_px))
             np.testing.assert_array_equal(image.transpose(2, 0, 1), served)
         part = images.take(np.array([5, 3]))
         np.testing.assert_array_equal(part.batch(np.array([1])), pixels[:1])
         assert part.labels.tolist() == source.labels[[5, 3]].tolist()
-        assert images.batch(np.empty(0, np.int64)).shape == (0, 32, 32, 3)
+        assert images.batch(np.empty(0, np.int64)).shape == (0, side, side, 3)
 
 
 def test_a_batch_is_a_copy(source: Source) -> None:

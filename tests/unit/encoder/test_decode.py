@@ -65,6 +65,42 @@ def test_jpeg(settings: dict[str, object]) -> None:
     assert np.abs(got - np.asarray(SMOOTH)).max() <= 8
 
 
+@pytest.mark.parametrize("settings", [{}, {"progressive": True}, {"mode": "L"}, {"mode": "CMYK"}])
+@pytest.mark.parametrize(
+    ("least_px", "size"),
+    [(0, (240, 161)), (1, (30, 21)), (20, (30, 21)), (21, (60, 41)), (81, (240, 161))],
+)
+def test_a_jpeg_is_reduced_as_it_is_decoded(
+    settings: dict[str, object], least_px: int, size: tuple[int, int]
+) -> None:
+    """By 1, 2, 4 or 8, never below what is asked for, and to nearly what resizing would make."""
+    image = SMOOTH.resize((240, 161), Image.Resampling.BICUBIC)
+    image = image.convert(str(settings.get("mode", "RGB")))
+    data = encoded(image, "JPEG", quality=95, **{k: v for k, v in settings.items() if k != "mode"})
+    got = decode(data, LIMITS, least_px)
+    assert (got.mode, got.size) == ("RGB", size)
+    resized = decode(data, LIMITS).resize(size, Image.Resampling.BOX)
+    assert np.abs(np.asarray(got).astype(int) - np.asarray(resized)).mean() < 4
+
+
+def test_only_a_jpeg_is_reduced() -> None:
+    for kind in ("PNG", "WEBP", "TIFF", "BMP"):
+        assert decode(encoded(RGB, kind), LIMITS, 1).size == RGB.size
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_reduced_jpeg_is_turned_as_well(orientation: int) -> None:
+    turn = TURNED[orientation]
+    image = SMOOTH.resize((480, 320), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = image if turn is None else image.transpose(turn)
+    got = decode(encoded(stored, "JPEG", quality=98, subsampling=0, exif=exif), LIMITS, 160)
+    assert got.size == (240, 160)
+    wanted = np.asarray(image.resize((240, 160), Image.Resampling.BOX)).astype(int)
+    assert np.abs(np.asarray(got) - wanted).max() <= 6
+
+
 def test_grey_becomes_rgb() -> None:
     got = pixels(encoded(RGB.convert("L"), "PNG"))
     np.testing.assert_array_equal(got[..., 0], np.asarray(RGB.convert("L")))

@@ -6,6 +6,7 @@ import asyncio
 import io
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -238,12 +239,37 @@ def test_too_many_images_are_refused(encoder: Encoder, monkeypatch: pytest.Monke
     piping(encoder, scenario, max_queue=2, max_batch_items=2)
 
 
-def test_a_large_image_is_brought_to_size(encoder: Encoder) -> None:
-    big = io.BytesIO()
-    Image.effect_noise((900, 700), 60).convert("RGB").save(big, "JPEG")
+def large_jpeg() -> bytes:
+    out = io.BytesIO()
+    Image.effect_noise((900, 700), 60).convert("RGB").save(out, "JPEG")
+    return out.getvalue()
 
+
+def test_a_large_jpeg_is_reduced_if_the_model_says_so() -> None:
+    whole = make_checkpoint()
+    draft = replace(whole, preprocessing=replace(whole.preprocessing, jpeg_draft=True))
+    data = large_jpeg()
+    found = {}
+    for checkpoint in (whole, draft):
+        encoder = Encoder(checkpoint, "cpu")
+        least_px = checkpoint.preprocessing.least_px
+        wanted = encoder.preprocessing(pipeline_module.decode(data, DecodeLimits(), least_px))
+
+        async def scenario(
+            pipeline: EncodePipeline, encoder: Encoder = encoder, wanted: Any = wanted
+        ) -> None:
+            encoded = await encode(pipeline, data)
+            feature = encoder.encode(wanted[np.newaxis]).features[0].tobytes()
+            assert bits_of(encoded)[1] == feature
+            found[encoder.model_id] = feature
+
+        piping(encoder, scenario)
+    assert len(set(found.values())) == len(found) == 2
+
+
+def test_a_large_image_is_brought_to_size(encoder: Encoder) -> None:
     async def scenario(pipeline: EncodePipeline) -> None:
-        encoded = await encode(pipeline, big.getvalue())
+        encoded = await encode(pipeline, large_jpeg())
         assert encoded.timings.decode_ns > 0
         assert encoded.timings.total_ns >= encoded.timings.decode_ns
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -80,6 +81,15 @@ def test_models_without_a_choice_of_fit_keep_their_id() -> None:
     assert Preprocessing.from_json(warp.to_json()) == warp
 
 
+def test_reducing_a_jpeg_is_part_of_the_model_where_it_is_chosen() -> None:
+    assert "jpeg_draft" not in SMALL.to_json()
+    assert SMALL.least_px == 0
+    draft = replace(SMALL, jpeg_draft=True)
+    assert draft.least_px == 2 * SMALL.resize
+    assert draft.to_json() == {**SMALL.to_json(), "jpeg_draft": True}
+    assert Preprocessing.from_json(draft.to_json()) == draft
+
+
 def test_close_to_resizing_first_and_cropping_after() -> None:
     image = noise(90, 60).resize((900, 600), Image.Resampling.BICUBIC)
     resized = image.resize((60, 40), Image.Resampling.BILINEAR)
@@ -123,6 +133,7 @@ def test_deterministic_for_every_size(width: int, height: int, interpolation: st
         {"resize": 5000, "crop": 10},
         {"interpolation": "nearest"},
         {"fit": "long"},
+        {"jpeg_draft": "yes"},
         {"std": (0.1, 0.0, 0.1)},
         {"mean": (0.1, 0.1)},
     ],

@@ -275,6 +275,8 @@ def test_preprocessing_goes_with_the_first_weights(checkpoint_file: Path) -> Non
     assert make_preprocessing(make_recipe(init="imagenet")).mean == IMAGENET_MEAN
     from_file = make_preprocessing(make_recipe(init=str(checkpoint_file), crop=20))
     assert (from_file.mean, from_file.crop) == (IMAGENET_MEAN, 20)
+    assert not from_file.jpeg_draft
+    assert make_preprocessing(make_recipe(jpeg_draft=True)).jpeg_draft
 
 
 def test_init_from_a_checkpoint(checkpoint: Checkpoint, checkpoint_file: Path) -> None:
