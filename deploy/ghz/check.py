@@ -113,11 +113,15 @@ def main() -> int:
     except (OSError, ValueError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        sys.stderr.write(f"{asked.report} is no report of ghz, or only a part of one: {error!r}\n")
+        return 2
     for verdict in found:
         sys.stdout.write(f"{verdict}\n")
     if all(verdict.is_kept for verdict in found):
         return 0
-    for message, n in sorted(report["errorDistribution"].items(), key=lambda e: -e[1])[:5]:
+    errors: dict[str, int] = report.get("errorDistribution") or {}
+    for message, n in sorted(errors.items(), key=lambda e: -e[1])[:5]:
         sys.stdout.write(f"  {n} x {message}\n")
     return 1
 

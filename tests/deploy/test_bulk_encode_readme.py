@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+import hashlens
 from tests.deploy.manifests import K8S, ROOT, Cluster, render
 
 README = (K8S / "components" / "bulk-encode" / "README.md").read_text()
@@ -65,6 +66,21 @@ def test_the_overlay_renders_as_the_readme_says(tmp_path: Path, tls: bool) -> No
     assert settings["EXPECTED_ROWS"] == "5000000"
     assert settings["HASHLENS_SEARCH"] == "search:50052"
     assert settings["HASHLENS_INSECURE"] == ("false" if tls else "true")
+
+
+def test_the_job_leaves_the_services_images_alone(tmp_path: Path) -> None:
+    """Also those whose name is as it comes: built for one machine, say, with a tag of its own."""
+    here = tmp_path / "deploy" / "k8s"
+    shutil.copytree(K8S, here, ignore=shutil.ignore_patterns("mine", "load", "schemas"))
+    mine = yaml.safe_load(MINE)
+    mine["images"] = [{"name": f"hashlens-{who}", "newTag": "dev"} for who in ("encoder", "search")]
+    overlay(here, "mine", yaml.safe_dump(mine))
+    load = yaml.safe_load(LOAD)
+    del load["images"]
+    found = images_of(Cluster(render(overlay(here, "load", yaml.safe_dump(load)))))
+    assert found["Deployment encoder"] == "hashlens-encoder:dev"
+    assert found["StatefulSet search"] == "hashlens-search:dev"
+    assert found["Job bulk-encode"] == f"hashlens-search:{hashlens.__version__}"
 
 
 def test_the_jobs_image_is_the_one_that_was_pushed() -> None:

@@ -215,6 +215,10 @@ REFUSED = {"errorDistribution": {"rpc error: ...": 5}}
             "MISSED p50: inf ms, at most 50 ms",
         ),
         (report_of(count=0, statusCodeDistribution={}), 2, "the report has no calls"),
+        ({"count": 3}, 2, "only a part of one: KeyError('statusCodeDistribution')"),
+        (report_of(total=0), 2, "is no report of ghz"),
+        (report_of(latencyDistribution=[{"percentage": 99}]), 2, "is no report of ghz"),
+        ([1], 2, "is no report of ghz"),  # type: ignore[list-item]
     ],
 )
 def test_the_gate(tmp_path: Path, report: dict[str, Any], status: int, said: str) -> None:
