@@ -68,10 +68,10 @@ def encoder_in_process(config: EncoderConfig, **options: int) -> Iterator[InProc
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
     thread.start()
-    assert ready.wait(60)
+    assert ready.wait(120)
     try:
         yield running[0]
     finally:
         running[0].loop.call_soon_threadsafe(over[0].set)
-        thread.join(30)
+        thread.join(60)
         assert not thread.is_alive()
