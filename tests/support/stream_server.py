@@ -35,6 +35,11 @@ class InProcess:
         return self.pipeline._n_admitted
 
     @property
+    def n_encoded(self) -> int:
+        """Images that the model has seen so far."""
+        return self.pipeline.batcher.counts.batch_sizes.total()
+
+    @property
     def n_tasks(self) -> int:
         """Tasks of the event loop."""
         return len(asyncio.all_tasks(self.loop))
