@@ -212,10 +212,15 @@ def test_a_server_that_does_not_answer_is_not_waited_for_without_end(
 
     async def ask_too(config: ClientConfig) -> int:
         n_results = 0
+
+        async def read(results: AsyncIterator[object]) -> None:
+            nonlocal n_results
+            async for _ in results:
+                n_results += 1
+
         async with AsyncClient(mute, mute, config=config) as peer:
             with pytest.raises(DeadlineError) as caught:
-                async for _ in peer.encode_stream(images[:5]):
-                    n_results += 1
+                await read(peer.encode_stream(images[:5]))
         assert f"no answer has come for {config.deadline_s:g} s" in str(caught.value)
         return n_results
 
