@@ -313,7 +313,7 @@ def test_memory_is_bounded_whatever_the_caller_does(images: list[bytes], tmp_pat
         call.cancel()
         # 600 MB have passed: a few images at a time, each in a few copies.
         assert peaks_mb[-1] - before_mb < 500
-        assert peaks_mb[-1] - peaks_mb[0] < 100
+        assert peaks_mb[-1] - peaks_mb[1] < 100  # The first ones may be on the way up.
         # Others are served.
         assert len(list(stub.EncodeStream(requests_of(images[:5]), timeout=60))) == 5
 
