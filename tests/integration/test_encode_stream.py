@@ -74,6 +74,13 @@ def quiet(inside: InProcess) -> None:
     wait_until(lambda: inside.n_admitted == 0, within_s=60, what="an idle pipeline")
 
 
+def at_rest(inside: InProcess) -> int:
+    """Wait until no task of a stream before is left; return how many tasks there are then."""
+    n_tasks = inside.n_tasks_at_rest
+    wait_until(lambda: inside.n_tasks <= n_tasks, within_s=60, what="no task of a stream is left")
+    return n_tasks
+
+
 def test_answers_keep_the_order_and_are_what_encode_says(
     encoder: ServiceProcess, client: Client, images: list[bytes]
 ) -> None:
@@ -175,7 +182,8 @@ def _stands_still(hose: Hose, seconds: float) -> bool:
 
 def test_a_caller_that_never_reads_is_cut_off(impatient: InProcess, images: list[bytes]) -> None:
     inside = impatient
-    tasks, encoded = inside.n_tasks, inside.n_encoded
+    tasks = at_rest(inside)
+    encoded = inside.n_encoded
     # Else gRPC on the caller's side would take thousands of answers in before it stops us.
     small_window = [("grpc.http2.bdp_probe", 0)]
     with grpc.insecure_channel(inside.target, options=small_window) as channel:
@@ -230,7 +238,7 @@ def test_bytes_that_are_no_message_are_refused_in_mid_stream(
 def test_a_caller_that_leaves_costs_nothing_more(
     inside: InProcess, stub: Any, images: list[bytes]
 ) -> None:
-    tasks = inside.n_tasks
+    tasks = at_rest(inside)
     calls = [stub.EncodeStream(iter(Hose(images[i])), timeout=60) for i in range(5)]
     for call in calls:
         next(call)

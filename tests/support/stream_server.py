@@ -23,6 +23,8 @@ class InProcess:
     target: str
     servicer: EncoderServicer
     loop: asyncio.AbstractEventLoop
+    n_tasks_at_rest: int = 0
+    """Tasks of the event loop before the first call."""
 
     @property
     def pipeline(self) -> EncodePipeline:
@@ -74,6 +76,7 @@ def encoder_in_process(config: EncoderConfig, **options: int) -> Iterator[InProc
     thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
     thread.start()
     assert ready.wait(120)
+    running[0].n_tasks_at_rest = running[0].n_tasks
     try:
         yield running[0]
     finally:
