@@ -92,6 +92,11 @@ class _Tally:
         self.n_sent = 0
         self.last_s = self.begins_s
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no call has counted yet."""
+        return not self.latencies_ms and not self.n_failed
+
     async def send(self, call: _Call, request: bytes, due_s: float) -> None:
         self.n_sent += 1
         try:
@@ -118,7 +123,8 @@ async def _closed_loop(load: Load, call: _Call) -> Loaded:
     tally = _Tally(load)
 
     async def caller(number: int) -> None:
-        while (now_s := time.perf_counter()) < tally.ends_s:
+        # One counts in any case: the machine may have stood still in the meantime.
+        while (now_s := time.perf_counter()) < tally.ends_s or tally.is_empty:
             await tally.send(call, load.requests[number % len(load.requests)], now_s)
             number += load.in_flight
 

@@ -18,7 +18,7 @@ from hashlens.cli.processes import START_DEADLINE_S
 from hashlens.errors import DeadlineError
 
 _POLL_S = 0.002
-_LOG_S = 1.0
+_LOG_S = 20.0
 _STAGE = re.compile(r"ready stage (\w+): ([\d.]+) s")
 
 
@@ -31,7 +31,8 @@ class Served:
     ready_s: float
     """From its start until health said SERVING."""
     stages_s: dict[str, float]
-    """What of that it spent on what, as it logs; the rest is the interpreter and its imports."""
+    """What of that it spent on what, as it logs; the rest is the interpreter and its imports. Empty
+    where it was told what to log."""
 
 
 @contextmanager
@@ -62,7 +63,8 @@ def served(module: str, arguments: Sequence[str]) -> Iterator[Served]:
             time.sleep(_POLL_S)
         ready_s = time.monotonic() - began_s
         assert process.address is not None
-        yield Served(process.address, process.pid, ready_s, _stages_s(log))
+        is_told = "--log-level" not in arguments
+        yield Served(process.address, process.pid, ready_s, _stages_s(log) if is_told else {})
     finally:
         process.terminate()
         process.finish(threading.Event())

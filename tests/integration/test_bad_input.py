@@ -31,6 +31,7 @@ def embedding(
         found = client.encode(images[0], with_activations=True).embedding
         client.create_collection("photos", expected_rows=100)
         client.upsert("photos", [Item(id="a", embedding=found)])
+        client.collection("photos")  # Others see it now.
         yield found
         # After everything below, the service still answers.
         assert client.search("photos", embedding=found).hits[0].id == "a"

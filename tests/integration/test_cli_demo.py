@@ -19,12 +19,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /pro
 DEMO = [sys.executable, "-c", "from hashlens.cli.main import main; main()", "demo"]
 
 
-def start(folder: Path, **environment: str) -> subprocess.Popen[str]:
+def start(folder: Path, n_queries: int = 20, **environment: str) -> subprocess.Popen[str]:
     """Start a small demo whose temporary files are below `folder`."""
     temporary = folder / "tmp"
     temporary.mkdir(exist_ok=True)
     return subprocess.Popen(
-        [*DEMO, "--images", "120", "--queries", "20", "--out", str(folder / "out")],
+        [*DEMO, "--images", "120", "--queries", str(n_queries), "--out", str(folder / "out")],
         env={**os.environ, "TMPDIR": str(temporary), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -83,7 +83,8 @@ def test_twice(tmp_path: Path) -> None:
     ("moment", "number"), [("Starting", signal.SIGTERM), ("Searching", signal.SIGINT)]
 )
 def test_interrupted_it_cleans_up(tmp_path: Path, moment: str, number: signal.Signals) -> None:
-    with start(tmp_path) as process:
+    # More than it can search for before the signal is there.
+    with start(tmp_path, n_queries=4000) as process:
         assert process.stderr is not None
         lines = list(itertools.takewhile(lambda line: not line.startswith(moment), process.stderr))
         if moment == "Starting":

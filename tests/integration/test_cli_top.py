@@ -20,7 +20,14 @@ from tests.support.services import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs a pseudo-terminal")
 
-TOP = [sys.executable, "-c", "from hashlens.cli.main import main; main()", "top"]
+# A look may take longer than it would wait: the machine may be busy.
+TOP = [
+    sys.executable,
+    "-c",
+    "from hashlens.cli.top import command; command._LOOK_S = 60.0; "
+    "from hashlens.cli.main import main; main()",
+    "top",
+]
 
 
 @pytest.fixture(scope="module")
@@ -35,22 +42,26 @@ def busy(observed: Observed, images: list[bytes]) -> Iterator[list[str]]:
             while not stop.is_set():
                 client.search("busy", image=images[0], k=2)
 
+        client.search("busy", image=images[0], k=2)
         asking = threading.Thread(target=ask)
         asking.start()
         yield ["--search-metrics", observed.search.metrics, "--encoder-metrics",
                observed.encoder.metrics]  # fmt: skip
         stop.set()
-        asking.join(30)
+        asking.join(60)
 
 
 def test_once_as_json(observed: Observed, busy: list[str]) -> None:
-    done = subprocess.run(
-        [*TOP, "--once", "--json", "--interval", "2", *busy],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
-    found = json.loads(done.stdout)
-    search, encoder = found["search"], found["encoder"]
+    for interval in ("2", "10", "40"):  # A busy machine may answer nothing for a while.
+        done = subprocess.run(
+            [*TOP, "--once", "--json", "--interval", interval, *busy],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+        found = json.loads(done.stdout)
+        search, encoder = found["search"], found["encoder"]
+        if search["queries_per_s"] and encoder["images_per_s"]:
+            break
     assert search["methods"]["SearchService/Search"]["calls_per_s"] > 0
     assert 0 < search["methods"]["SearchService/Search"]["p50_ms"] < 30_000
     assert search["queries_per_s"] > 0
@@ -78,7 +89,7 @@ def test_once_as_json(observed: Observed, busy: list[str]) -> None:
 def test_a_service_that_is_away_is_said_and_told_by_the_status(busy: list[str]) -> None:
     done = subprocess.run(
         [*TOP, "--once", "--interval", "0.2", *busy[:2], "--encoder-metrics", "127.0.0.1:1"],
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 1
     assert "127.0.0.1:1  away" in done.stdout
@@ -96,7 +107,7 @@ def test_a_pipe_gets_object_after_object_until_ctrl_c(busy: list[str]) -> None:
         for _ in range(3):
             assert json.loads(process.stdout.readline())["search"]["up"]
         os.kill(process.pid, 2)
-        _, error = process.communicate(timeout=30)
+        _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (0, "")
 
 
@@ -126,7 +137,7 @@ def test_a_terminal_is_used_and_given_back(busy: list[str], keys: bytes) -> None
         wait_until(read, within_s=60, what="it shows something, more than once")
         os.write(ours, keys)
         began_s = time.monotonic()
-        while process.poll() is None and time.monotonic() - began_s < 20:
+        while process.poll() is None and time.monotonic() - began_s < 60:
             read()
             time.sleep(0.05)
         read()

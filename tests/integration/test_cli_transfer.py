@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -302,7 +303,8 @@ def test_the_listing_waits(
     monkeypatch.setattr(Client, "newest_version", lambda *_, **__: len(moving) + 1)
     monkeypatch.setattr(export_command, "EXPORT_DEADLINE_S", 0.5)
     result = hashlens("export", "test-the-listing-waits", tmp_path / "items.npz", status=1)
-    assert "version 11 has not come in time" in result.stderr
+    # Whichever clock runs out first.
+    assert re.search("version 11 has not come in time|Deadline Exceeded", result.stderr)
     assert not (tmp_path / "items.npz").exists()
 
 
@@ -364,7 +366,7 @@ def test_an_import_goes_on_where_it_was_interrupted(
 
     monkeypatch.setattr(Client, "upsert", in_trouble)
     said = hashlens("import", file, "interrupted", status=1).output
-    assert client.collection("interrupted").version == PART_ROWS
+    assert client.newest_version("interrupted") == PART_ROWS
     assert calls[0] == calls[1] != calls[2]
     name = said.split("--request-id ")[1].split()[0]
     monkeypatch.undo()

@@ -107,7 +107,7 @@ def test_closing_early_ends_the_call_and_its_threads(client: Client, images: lis
     before = threading.active_count()
     with closing(client.encode_stream(images[i % 50] for i in range(10**6))) as results:
         next(results)
-    wait_until(lambda: threading.active_count() <= before, within_s=10, what="no thread is left")
+    wait_until(lambda: threading.active_count() <= before, within_s=60, what="no thread is left")
 
 
 def test_closing_early_ends_the_tasks_of_the_asynchronous_client(
@@ -120,7 +120,7 @@ def test_closing_early_ends_the_tasks_of_the_asynchronous_client(
             stream = peer.encode_stream(images[i % 50] for i in range(10**6))
             async with aclosing(stream) as results:
                 await anext(results)
-            for _ in range(100):
+            for _ in range(600):
                 await asyncio.sleep(0.05)
                 if len(asyncio.all_tasks()) <= before:
                     return
@@ -157,9 +157,13 @@ def test_what_the_callers_iterable_raises_comes_through(
 
 
 def test_a_deadline_is_for_the_whole_stream(client: Client, images: list[bytes]) -> None:
-    results: list[object] = []
-    with pytest.raises(DeadlineError):
-        results.extend(client.encode_stream((images[i % 50] for i in range(10**6)), deadline_s=1.0))
+    for deadline_s in (1.0, 5.0, 30.0):  # A busy machine may take longer for the first answer.
+        results: list[object] = []
+        endless = (images[i % 50] for i in range(10**6))
+        with pytest.raises(DeadlineError):
+            results.extend(client.encode_stream(endless, deadline_s=deadline_s))
+        if results:
+            break
     assert results
 
 
@@ -199,25 +203,35 @@ def mute() -> Iterator[str]:
 def test_a_server_that_does_not_answer_is_not_waited_for_without_end(
     mute: str, images: list[bytes]
 ) -> None:
-    config = ClientConfig(deadline_s=1.0)
-    results: list[object] = []
-    began_s = time.monotonic()
-    with (
-        Client(mute, mute, config=config) as client,
-        pytest.raises(DeadlineError, match="no answer has come for 1 s"),
-    ):
-        results.extend(client.encode_stream(images[:5]))
-    assert len(results) == 1
+    def ask(config: ClientConfig) -> int:
+        results: list[object] = []
+        with Client(mute, mute, config=config) as client, pytest.raises(DeadlineError) as caught:
+            results.extend(client.encode_stream(images[:5]))
+        assert f"no answer has come for {config.deadline_s:g} s" in str(caught.value)
+        return len(results)
 
-    async def ask() -> None:
+    async def ask_too(config: ClientConfig) -> int:
+        n_results = 0
+
+        async def read(results: AsyncIterator[object]) -> None:
+            nonlocal n_results
+            async for _ in results:
+                n_results += 1
+
         async with AsyncClient(mute, mute, config=config) as peer:
-            stream = peer.encode_stream(images[:5])
-            await anext(stream)
-            with pytest.raises(DeadlineError, match="no answer has come for 1 s"):
-                await anext(stream)
+            with pytest.raises(DeadlineError) as caught:
+                await read(peer.encode_stream(images[:5]))
+        assert f"no answer has come for {config.deadline_s:g} s" in str(caught.value)
+        return n_results
 
-    asyncio.run(ask())
-    assert 2 <= time.monotonic() - began_s < 30
+    for asked in (ask, lambda config: asyncio.run(ask_too(config))):
+        for deadline_s in (1.0, 5.0, 30.0):  # A busy machine may take longer for the first.
+            began_s = time.monotonic()
+            n_results = asked(ClientConfig(deadline_s=deadline_s))
+            assert time.monotonic() - began_s >= deadline_s
+            if n_results:
+                break
+        assert n_results == 1
 
 
 def test_a_stream_goes_on_when_its_connection_ends(client: Client, images: list[bytes]) -> None:
@@ -280,9 +294,14 @@ def test_a_source_that_rests_for_long_is_waited_for(images: list[bytes]) -> None
         async with AsyncClient(target, target) as peer:
             return [one async for one in peer.encode_stream(slow_too())]
 
-    with encoder_in_process(EncoderConfig(stream_idle_s=0.1)) as server:
+    # Long enough for an image to come on a busy machine: four in a row that do not are a failure.
+    with (
+        encoder_in_process(EncoderConfig(stream_idle_s=0.25)) as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        meanwhile = pool.submit(lambda: asyncio.run(ask(server.target)))
         with Client(server.target, server.target) as client:
             found: list[object] = list(client.encode_stream(slow()))
-        found += asyncio.run(ask(server.target))
+        found += meanwhile.result()
     assert len(found) == 4
     assert all(isinstance(one, Encoded) for one in found)

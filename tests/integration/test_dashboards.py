@@ -13,8 +13,9 @@ import pytest
 from hashlens import Client, Item
 from hashlens.errors import InvalidInputError
 from hashlens.rpc import status
-from tests.support.observed import Observed
+from tests.support.observed import Observed, value
 from tests.support.promql import parse
+from tests.support.services import wait_until
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "grafana"
 OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
@@ -69,6 +70,19 @@ def exposed(observed: Observed, images: list[bytes]) -> Exposed:
         for target in (client.encode, lambda image: client.search("watched", image=image)):
             with pytest.raises(InvalidInputError):
                 target(b"no image")
+    # What fails is counted when the caller knows already.
+    for process, method in (
+        (observed.encoder, "EncoderService/Encode"),
+        (observed.search, "SearchService/Search"),
+    ):
+        labels = {"method": method, "reason": "invalid_input"}
+        wait_until(
+            lambda process=process, labels=labels: value(
+                process.scrape(), "hashlens_rpc_refusals_total", **labels
+            ),
+            within_s=60,
+            what=f"{method} was counted",
+        )
     return Exposed(observed)
 
 

@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.support.services import ServiceProcess, wait_until
 from tests.support.stream_server import InProcess, encoder_in_process
 
 WINDOW = 6
+IDLE_S = 2.5
 
 
 def requests_of(images: list[bytes]) -> Iterator[enc.EncodeStreamRequest]:
@@ -47,9 +49,18 @@ class Hose:
 
 @pytest.fixture(scope="module")
 def inside() -> Iterator[InProcess]:
-    config = EncoderConfig(max_stream_window=WINDOW, stream_idle_s=1.5, max_queue=256)
+    # A machine that stands still for seconds makes no stream of a test idle.
+    config = EncoderConfig(max_stream_window=WINDOW, stream_idle_s=60.0, max_queue=256)
     with encoder_in_process(config) as server:
         yield server
+
+
+@pytest.fixture
+def impatient(inside: InProcess, monkeypatch: pytest.MonkeyPatch) -> InProcess:
+    """The same, but that streams of this test end when they are idle for IDLE_S."""
+    servicer = inside.servicer
+    monkeypatch.setattr(servicer, "_config", replace(servicer._config, stream_idle_s=IDLE_S))
+    return inside
 
 
 @pytest.fixture
@@ -60,7 +71,14 @@ def stub(inside: InProcess) -> Iterator[enc_grpc.EncoderServiceStub]:
 
 def quiet(inside: InProcess) -> None:
     """Wait until nothing of a stream is left in the server."""
-    wait_until(lambda: inside.n_admitted == 0, within_s=10, what="an idle pipeline")
+    wait_until(lambda: inside.n_admitted == 0, within_s=60, what="an idle pipeline")
+
+
+def at_rest(inside: InProcess) -> int:
+    """Wait until no task of a stream before is left; return how many tasks there are then."""
+    n_tasks = inside.n_tasks_at_rest
+    wait_until(lambda: inside.n_tasks <= n_tasks, within_s=60, what="no task of a stream is left")
+    return n_tasks
 
 
 def test_answers_keep_the_order_and_are_what_encode_says(
@@ -162,20 +180,18 @@ def _stands_still(hose: Hose, seconds: float) -> bool:
     return hose.n_taken == before
 
 
-def test_a_caller_that_never_reads_is_cut_off(inside: InProcess, images: list[bytes]) -> None:
-    tasks = inside.n_tasks
+def test_a_caller_that_never_reads_is_cut_off(impatient: InProcess, images: list[bytes]) -> None:
+    inside = impatient
+    tasks = at_rest(inside)
+    encoded = inside.n_encoded
     # Else gRPC on the caller's side would take thousands of answers in before it stops us.
     small_window = [("grpc.http2.bdp_probe", 0)]
     with grpc.insecure_channel(inside.target, options=small_window) as channel:
         stub = enc_grpc.EncoderServiceStub(channel)
         hose = Hose(images[0])
         call = stub.EncodeStream(iter(hose), timeout=60)
-        # Not by its tasks alone: they come and go before it has begun.
-        wait_until(
-            lambda: inside.n_admitted > 0 and inside.n_tasks > tasks + 1,
-            within_s=10,
-            what="a stream under way",
-        )
+        # Not by its tasks: they come and go before it has begun.
+        wait_until(lambda: inside.n_encoded > encoded, within_s=60, what="a stream under way")
         # One task is gRPC's own, which waits for the caller to take the status.
         wait_until(lambda: inside.n_tasks <= tasks + 1, within_s=60, what="the end of the stream")
         quiet(inside)
@@ -183,26 +199,26 @@ def test_a_caller_that_never_reads_is_cut_off(inside: InProcess, images: list[by
         with pytest.raises(grpc.RpcError) as failure:
             replies.extend(call)
         assert isinstance(error_of_call(failure.value), UnavailableError)
-        assert "no answer was read for 1.5 s" in str(failure.value.details())
+        assert f"no answer was read for {IDLE_S} s" in str(failure.value.details())
         # What was on its way, it still gets.
         assert [reply.tag for reply in replies] == list(range(1, len(replies) + 1))
 
 
-def test_an_idle_stream_ends(inside: InProcess, stub: Any, images: list[bytes]) -> None:
+def test_an_idle_stream_ends(impatient: InProcess, stub: Any, images: list[bytes]) -> None:
     pending: queue.SimpleQueue[enc.EncodeStreamRequest | None] = queue.SimpleQueue()
     call = stub.EncodeStream(iter(pending.get, None), timeout=60)
-    for i in range(3):
-        time.sleep(0.8)  # Together longer than the limit, but there was something to do.
+    for i in range(9):
+        time.sleep(0.3)  # Together longer than the limit, but there was something to do.
+        began_s = time.monotonic()
         pending.put(enc.EncodeStreamRequest(image=images[i]))
         next(call)
-    began_s = time.monotonic()
     with pytest.raises(grpc.RpcError) as failure:
         next(call)
     pending.put(None)
-    assert 1 < time.monotonic() - began_s < 10
+    assert IDLE_S <= time.monotonic() - began_s < 60
     error = error_of_call(failure.value)
     assert isinstance(error, UnavailableError)
-    assert "nothing was sent for 1.5 s" in error.message
+    assert f"nothing was sent for {IDLE_S} s" in error.message
 
 
 def test_bytes_that_are_no_message_are_refused_in_mid_stream(
@@ -222,30 +238,34 @@ def test_bytes_that_are_no_message_are_refused_in_mid_stream(
 def test_a_caller_that_leaves_costs_nothing_more(
     inside: InProcess, stub: Any, images: list[bytes]
 ) -> None:
-    tasks = inside.n_tasks
+    tasks = at_rest(inside)
     calls = [stub.EncodeStream(iter(Hose(images[i])), timeout=60) for i in range(5)]
     for call in calls:
         next(call)
-    assert inside.n_admitted > 0
+    while not inside.n_admitted:  # All that may be unread is.
+        next(calls[0])
     for call in calls:
         call.cancel()
     quiet(inside)
-    wait_until(lambda: inside.n_tasks <= tasks, within_s=10, what="no task of a stream is left")
+    wait_until(lambda: inside.n_tasks <= tasks, within_s=60, what="no task of a stream is left")
     waiting = inside.pipeline._batcher._queue
-    wait_until(lambda: not waiting or waiting[0].future.done(), within_s=5, what="a free queue")
+    wait_until(lambda: not waiting or waiting[0].future.done(), within_s=60, what="a free queue")
 
 
 def test_a_deadline_holds_for_the_whole_stream(
     inside: InProcess, stub: Any, images: list[bytes]
 ) -> None:
-    began_s = time.monotonic()
-    call = stub.EncodeStream(iter(Hose(images[0])), timeout=1.5)
-    replies: list[enc.EncodeStreamResponse] = []
-    with pytest.raises(grpc.RpcError) as failure:
-        replies.extend(call)
-    assert isinstance(error_of_call(failure.value), DeadlineError)
+    for timeout_s in (1.5, 6.0, 30.0):  # A busy machine may take longer for the first answer.
+        began_s = time.monotonic()
+        call = stub.EncodeStream(iter(Hose(images[0])), timeout=timeout_s)
+        replies: list[enc.EncodeStreamResponse] = []
+        with pytest.raises(grpc.RpcError) as failure:
+            replies.extend(call)
+        assert isinstance(error_of_call(failure.value), DeadlineError)
+        assert 0.5 * timeout_s < time.monotonic() - began_s < timeout_s + 30
+        if replies:
+            break
     assert replies
-    assert 0.8 < time.monotonic() - began_s < 10
     quiet(inside)
 
 
@@ -301,26 +321,24 @@ def test_memory_is_bounded_whatever_the_caller_does(images: list[bytes], tmp_pat
         call.cancel()
         # 600 MB have passed: a few images at a time, each in a few copies.
         assert peaks_mb[-1] - before_mb < 500
-        assert peaks_mb[-1] - peaks_mb[0] < 100
+        assert peaks_mb[-1] - peaks_mb[1] < 100  # The first ones may be on the way up.
         # Others are served.
         assert len(list(stub.EncodeStream(requests_of(images[:5]), timeout=60))) == 5
 
 
 def test_a_server_that_stops_answers_what_it_has_read(images: list[bytes], tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with ServiceProcess("encoder_service", log=log) as server:
+    with ServiceProcess("encoder_service", "--grace-s", "100", log=log) as server:
         with grpc.insecure_channel(server.target) as channel:
             stub = enc_grpc.EncoderServiceStub(channel)
             call = stub.EncodeStream(iter(Hose(images[3])), timeout=60)
             replies = [next(call)]
             server.process.terminate()
-            began_s = time.monotonic()
             with pytest.raises(grpc.RpcError) as failure:
                 replies.extend(call)
             assert isinstance(error_of_call(failure.value), UnavailableError)
             assert "is stopping" in str(failure.value.details())
-            assert server.process.wait(20) == 0
-            assert time.monotonic() - began_s < 8  # Its grace is 10 s.
+            assert server.process.wait(80) == 0  # Long before its grace is over.
         assert [reply.tag for reply in replies] == list(range(1, len(replies) + 1))
         assert len({reply.result.embedding.code.bits for reply in replies}) == 1
         assert np.all([reply.result.HasField("embedding") for reply in replies])

@@ -139,7 +139,10 @@ def test_an_unreadable_image_is_named_and_nothing_stays(
 def test_interrupted_it_drops_its_collection(
     data: Path, encoder: ServiceProcess, search: SearchProcess, client: Client
 ) -> None:
+    # Slowly, so that it is at it when the signal comes.
     code = (
+        "import time; from hashlens import Client; search_batch = Client.search_batch; "
+        "Client.search_batch = lambda *a, **k: time.sleep(0.5) or search_batch(*a, **k); "
         "from encoder_service.evaluation.command import evaluate; "
         "from hashlens.cli.main import main; main.add_command(evaluate); main()"
     )

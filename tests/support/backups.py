@@ -24,7 +24,7 @@ main.add_command(backup)
 main.add_command(restore)
 main(prog_name="hashlens")
 """
-_LONGEST_S = 60
+_LONGEST_S = 120
 
 FULL = CollectionSpec("full", "m", 100, 33, FeatureDtype.F16, 1000)
 CODES = CollectionSpec("codes", "m", 8, 0, expected_rows=10)
@@ -89,12 +89,12 @@ class History:
         self.rng = np.random.default_rng(1)
 
     def write(self, store: Store, n_writes: int, stop: threading.Event | None = None) -> None:
-        """Upsert, update and delete; every step of it is a version."""
+        """Upsert, update and delete; every step of it is a version, and is in the local files."""
         collection = store.create(self.spec)
         present = set(self.at(len(self.steps)).items)
         for _ in range(n_writes):
             if stop is not None and stop.is_set():
-                return
+                break
             ids = [f"i{i}" for i in self.rng.integers(0, 300, size=int(self.rng.integers(1, 30)))]
             if self.rng.random() < 0.3:
                 gone = [item_id for item_id in dict.fromkeys(ids) if item_id in present]
@@ -106,6 +106,7 @@ class History:
                 collection.upsert(records, request_id="", deadline_s=DEADLINE_S)
                 self.steps += [(record.id, record) for record in records]
                 present |= set(ids)
+        collection.wait_for(len(self.steps), DEADLINE_S)
 
     def at(self, version: int) -> Model:
         model = Model(version=version)

@@ -26,7 +26,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.stop(1).wait(5)
+        self._server.stop(1).wait(30)
 
     def Export(self, request: Any, context: Any) -> Any:  # noqa: N802 - the contract's name
         with self._lock:

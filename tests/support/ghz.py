@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 GHZ_FOLDER = ROOT / "deploy" / "ghz"
 TOOLS = ROOT / ".tools" / "bin"
 SCENARIOS = sorted(path.stem for path in (GHZ_FOLDER / "scenarios").glob("*.json"))
-RUN_S = 60
+RUN_S = 120
 TOKEN = "0123456789abcdef0123456789abcdef"
 
 

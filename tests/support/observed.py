@@ -37,7 +37,7 @@ class ObservedProcess(ServiceProcess):
 
     def scrape(self) -> Samples:
         """Return all samples by name and labels."""
-        with urllib.request.urlopen(f"http://{self.metrics}/metrics", timeout=10) as reply:
+        with urllib.request.urlopen(f"http://{self.metrics}/metrics", timeout=60) as reply:
             text = reply.read().decode()
         return {
             (sample.name, frozenset(sample.labels.items())): sample.value
@@ -46,9 +46,9 @@ class ObservedProcess(ServiceProcess):
         }
 
     def lines(self) -> list[dict[str, Any]]:
-        """Return the log, but for what the libraries' own tear-down writes."""
-        text = self.log.read_text()
-        return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+        """Return the log's whole lines, but for what the libraries' own tear-down writes."""
+        whole, _, _ = self.log.read_text().rpartition("\n")
+        return [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
 
 
 class Observed:

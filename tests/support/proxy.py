@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 _POLL_S = 0.05
-_SEND_S = 10.0
+_SEND_S = 30.0
 _READ_BYTES = 1 << 16
 
 How = Literal["close", "reset", "stall", "lose"]

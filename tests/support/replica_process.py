@@ -15,8 +15,8 @@ from typing import Any, Self
 from search_service.storage import StoreConfig
 from tests.support.replicas import replica
 
-START_S = 60.0
-STOP_S = 30.0
+START_S = 120.0
+STOP_S = 60.0
 
 
 class ReplicaProcess:

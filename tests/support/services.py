@@ -15,8 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-START_S = 90.0
-STOP_S = 30.0
+START_S = 150.0
+STOP_S = 60.0
 
 
 class ServiceProcess:

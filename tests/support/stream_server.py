@@ -23,6 +23,8 @@ class InProcess:
     target: str
     servicer: EncoderServicer
     loop: asyncio.AbstractEventLoop
+    n_tasks_at_rest: int = 0
+    """Tasks of the event loop before the first call."""
 
     @property
     def pipeline(self) -> EncodePipeline:
@@ -33,6 +35,11 @@ class InProcess:
     def n_admitted(self) -> int:
         """Images in the works."""
         return self.pipeline._n_admitted
+
+    @property
+    def n_encoded(self) -> int:
+        """Images that the model has seen so far."""
+        return self.pipeline.batcher.counts.batch_sizes.total()
 
     @property
     def n_tasks(self) -> int:
@@ -68,10 +75,11 @@ def encoder_in_process(config: EncoderConfig, **options: int) -> Iterator[InProc
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
     thread.start()
-    assert ready.wait(60)
+    assert ready.wait(120)
+    running[0].n_tasks_at_rest = running[0].n_tasks
     try:
         yield running[0]
     finally:
         running[0].loop.call_soon_threadsafe(over[0].set)
-        thread.join(30)
+        thread.join(60)
         assert not thread.is_alive()

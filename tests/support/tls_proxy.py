@@ -51,7 +51,7 @@ class TlsProxy:
     def __exit__(self, *_: object) -> None:
         self._stopping.set()
         for thread in self._threads:
-            thread.join(20)
+            thread.join(60)
             assert not thread.is_alive()
         self._listener.close()
 
@@ -70,7 +70,7 @@ class TlsProxy:
             context.verify_mode = ssl.CERT_REQUIRED
             context.load_verify_locations(self._client_ca)
         with client, contextlib.suppress(OSError):
-            client.settimeout(10)
+            client.settimeout(30)
             secure = context.wrap_socket(client, server_side=True)
             with secure, socket.socket(socket.AF_UNIX) as server:
                 self.versions.add(secure.version())
@@ -88,6 +88,6 @@ class TlsProxy:
                     continue
                 if not data:
                     return
-                sink.settimeout(10)
+                sink.settimeout(30)
                 sink.sendall(data)
                 sink.settimeout(_POLL_S / 5)

@@ -70,6 +70,11 @@ def test_a_backup_under_writes_restores_to_its_version(
         writer.start()
         try:
             for number in range(4):
+                newest = versions[-1] if versions else 0
+                wait_until(
+                    lambda newest=newest: store.get(FULL.name).snapshot().version > newest,
+                    "it writes on",
+                )
                 # The last checkpoint is what is saved, also while the next one is made.
                 before = store.get(FULL.name).checkpoint()
                 output = tmp_path / f"backup-{number}"
@@ -124,11 +129,18 @@ def test_all_collections_are_restored_together_and_empty_ones_too(
                 assert_in_redis(client, name, model)
 
 
+def _fill(store: Store, n: int) -> None:
+    """Write items, and wait until they are in the local files: closing does not."""
+    collection = store.create(FULL)
+    collection.upsert(make_records(FULL, n), request_id="", deadline_s=DEADLINE_S)
+    collection.wait_for(n, DEADLINE_S)
+
+
 def test_rows_without_a_feature_stay_so(
     config: StoreConfig, target: RestoreConfig, tmp_path: Path
 ) -> None:
     with Store.open(config) as store:
-        store.create(FULL).upsert(make_records(FULL, 100), request_id="", deadline_s=DEADLINE_S)
+        _fill(store, 100)
     lose_feature(config.data_dir / "collections" / FULL.name, 70)
     with Store.open(config) as store:
         before = contents(store.get(FULL.name).snapshot())
@@ -143,7 +155,7 @@ def test_rows_without_a_feature_stay_so(
 
 def test_full_segments_are_links_and_all_else_is_not(config: StoreConfig, tmp_path: Path) -> None:
     with Store.open(config) as store:
-        store.create(FULL).upsert(make_records(FULL, 200), request_id="", deadline_s=DEADLINE_S)
+        _fill(store, 200)
     full_bytes = 32 * 66
 
     def links(output: Path) -> dict[str, int]:
