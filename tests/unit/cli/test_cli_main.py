@@ -3,6 +3,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -22,12 +23,12 @@ def runner() -> CliRunner:
 
 
 @pytest.fixture
-def nowhere() -> list[str]:
-    """Options that point at a port where nobody listens."""
+def nowhere() -> Iterator[list[str]]:
+    """Options that point at a port where nobody listens, and nobody else can."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         target = f"127.0.0.1:{s.getsockname()[1]}"
-    return ["--search", target, "--encoder", target]
+        yield ["--search", target, "--encoder", target]
 
 
 def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:

@@ -61,7 +61,7 @@ def alive(pid: int) -> bool:
     """Tell whether a process runs; one that nobody has waited for does not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # The latter: it ended while this was read.
         return False
     return state != "Z"
 
@@ -91,8 +91,9 @@ time.sleep(600)
         process.check()
 
 
-def test_one_that_does_not_start_says_why(start: Start) -> None:
+def test_one_that_does_not_start_says_why(start: Start, lines: list[str]) -> None:
     process = start("sys.exit('the port is taken')")
+    until(lambda: "small: the port is taken" in lines)
     with pytest.raises(UnavailableError, match=r"did not start: exit status 1.*port is taken"):
         until(process.is_serving)
     process.finish(threading.Event())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,15 @@ needs_fashion_mnist = pytest.mark.skipif(
 def one_thread() -> None:
     """On a busy machine, threads that wait for each other slow these small models down a lot."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def no_internet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy that refuses every connection stands for the missing internet."""
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    # Of the first call that there was, with the proxies of then; and it is not to keep these.
+    monkeypatch.setattr(urllib.request, "_opener", None)
 
 
 def make_checkpoint(n_bits: int = 20, crop: int = 32, seed: int = 0) -> Checkpoint:

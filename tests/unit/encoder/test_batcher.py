@@ -157,8 +157,9 @@ def test_what_was_done_is_counted() -> None:
         left = asyncio.create_task(batcher.submit(item(1), within(10)))
         late = asyncio.create_task(batcher.submit(item(2), within(0.001)))
         rest = [asyncio.create_task(batcher.submit(item(x), within(10))) for x in (3, 4)]
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0)
         assert batcher.n_waiting == 4
+        await asyncio.sleep(0.01)
         with pytest.raises(OverloadedError):
             # The late one makes room for the first of these.
             await asyncio.gather(*(batcher.submit(item(x), within(10)) for x in (5, 6)))

@@ -215,10 +215,8 @@ def test_only_one_split_is_there(tmp_path: Path) -> None:
 # --- downloads ---
 
 
-def test_download_without_internet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A proxy that refuses every connection stands for the missing internet.
-    for name in ("http_proxy", "https_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
+@pytest.mark.usefixtures("no_internet")
+def test_download_without_internet(tmp_path: Path) -> None:
     for config in (
         DataConfig(data=tmp_path, download=True),
         DataConfig(data=tmp_path / "new", dataset="emnist", download=True),
@@ -234,8 +232,7 @@ def test_download_to_nowhere() -> None:
         open_split(DataConfig(dataset="mnist", download=True), "train")
 
 
-def test_what_is_there_is_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("http_proxy", "https_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
+@pytest.mark.usefixtures("no_internet")
+def test_what_is_there_is_not_downloaded(tmp_path: Path) -> None:
     write_small_fashion_mnist(tmp_path)
     assert len(open_split(DataConfig(data=tmp_path, download=True), "train")) == 200

@@ -241,11 +241,10 @@ def test_nowhere(tmp_path: Path) -> None:
     assert caught.value.field == "data"
 
 
+@pytest.mark.usefixtures("no_internet")
 @pytest.mark.parametrize("dataset", ["cifar10", "stl10", "pets", "voc2007", "fer2013"])
-def test_downloads_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: str) -> None:
+def test_downloads_that_fail(tmp_path: Path, dataset: str) -> None:
     """No internet, and a data set that torchvision does not download."""
-    for name in ("http_proxy", "https_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
     with pytest.raises(InvalidInputError, match=r"^cannot download .*--data") as caught:
         open_split(DataConfig(data=tmp_path, dataset=dataset, download=True), "train")
     assert caught.value.field == "download"

@@ -45,6 +45,11 @@ def refused(data: bytes, match: str, limits: DecodeLimits = LIMITS) -> None:
         decode(data, limits)
 
 
+def of_decoding(caught: list[warnings.WarningMessage]) -> list[warnings.WarningMessage]:
+    """Leave out what somebody else forgot to close, which is found out at any time."""
+    return [one for one in caught if not issubclass(one.category, ResourceWarning)]
+
+
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
@@ -271,7 +276,7 @@ def test_damaged_exif_neither_warns_nor_kills() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert decode(encoded(RGB, "JPEG", exif=exif), LIMITS).size == RGB.size
-    assert not caught
+    assert not of_decoding(caught)
 
 
 # --- what is refused ---
@@ -379,7 +384,7 @@ def test_a_large_image_within_the_limits_does_not_warn() -> None:
         warnings.simplefilter("always")
         refused(data, "the limit is 50,000,000")
         assert decode(data, DecodeLimits(max_pixels=90_000_000)).size == (10_000, 9_000)
-    assert not caught
+    assert not of_decoding(caught)
 
 
 def test_progressive_jpeg_with_too_many_scans() -> None:

@@ -191,12 +191,11 @@ def test_torchvision_weights_fit_without_their_head(
     assert all(torch.equal(loaded[key], state[key]) for key in loaded)
 
 
+@pytest.mark.usefixtures("no_internet")
 def test_without_internet_the_error_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    # A proxy that refuses every connection stands for the missing internet.
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     backbone = get_backbone("resnet18")
     with pytest.raises(InvalidInputError, match=r"internet.*resnet18-.*\.pth.*scratch") as caught:
         load_imagenet(backbone.build(), backbone)

@@ -171,7 +171,8 @@ def test_all_of_the_backbone_frozen() -> None:
     changed = {
         name for name, t in trainer.result.state_dict().items() if not torch.equal(t, before[name])
     }
-    assert changed == {name for name in before if not name.startswith("backbone.")}
+    free = {name for name in before if not name.startswith("backbone.")}
+    assert free - {"hash_layer.bias"} <= changed <= free  # As above.
 
 
 def test_dropout_beyond_the_frozen_part_stays_on() -> None:

@@ -170,6 +170,7 @@ def test_an_image_whose_deadline_passed_is_not_decoded(
         first = asyncio.create_task(encode(pipeline, FILES[0]))
         await gate.until_entered()
         late = asyncio.create_task(encode(pipeline, FILES[1], deadline_s=0.01))
+        await asyncio.sleep(0)  # Its time begins.
         await asyncio.sleep(0.02)
         gate.open.set()
         with pytest.raises(DeadlineError, match="waited to be decoded"):
@@ -193,14 +194,16 @@ def test_an_image_whose_caller_left_while_it_waited_does_not_reach_the_model(
         first = asyncio.create_task(encode(pipeline, FILES[0]))
         await gate.until_entered()
         others = [asyncio.create_task(encode(pipeline, image)) for image in FILES[1:4]]
-        late = asyncio.create_task(encode(pipeline, FILES[4], deadline_s=0.5))
+        late = asyncio.create_task(encode(pipeline, FILES[4], deadline_s=25))
         for _ in range(3000):
             if pipeline.batcher.n_waiting == 4:
                 break
             await asyncio.sleep(0.01)
         assert pipeline.batcher.n_waiting == 4
         others[1].cancel()
-        await asyncio.sleep(0.6)
+        # Its time is over now: a short one might be over before it is decoded.
+        min(pipeline.batcher._queue, key=lambda waiting: waiting.deadline_ns).deadline_ns = 0
+        await asyncio.sleep(0)
         gate.open.set()
         with pytest.raises(DeadlineError, match="waited for the model"):
             await late

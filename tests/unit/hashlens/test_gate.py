@@ -25,10 +25,10 @@ def test_a_start_and_a_stop_are_no_warnings(caplog: pytest.LogCaptureFixture) ->
                 for act in (lambda: None, gate.close):
                     act()
                     with pytest.raises(grpc.RpcError) as caught:
-                        await channel.unary_unary("/strange/\x1bName")(b"", timeout=10)
+                        await channel.unary_unary("/strange/\x1bName")(b"", timeout=30)
                     assert isinstance(error_of_call(caught.value), UnavailableError)
         finally:
             await server.stop(0)
 
     asyncio.run(run())
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("hashlens")]

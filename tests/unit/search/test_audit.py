@@ -135,7 +135,7 @@ def test_a_caller_that_leaves_ends_the_work_and_frees_the_place(
             with suppress(asyncio.CancelledError):
                 await auditing
             assert await asyncio.to_thread(left.wait, 10)
-            await executor.run(lambda cancel: None, deadline_s=5)
+            await executor.run(lambda cancel: None, deadline_s=20)
             assert scanned == []  # The block noticed, and none came after it.
         result = await auditor.audit(answerer(executor, table()), Query(id="5"), field="query")
         assert result.exhaustive_hits[0].id == "5"

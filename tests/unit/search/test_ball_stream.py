@@ -111,7 +111,7 @@ def test_a_reader_that_stops_holds_no_kernel_and_causes_no_more_reading(
             await anext(stream)
             assert ids.n_read == MESSAGE_HITS
             # The stream is open and half read, and yet others are served at once.
-            done = await executor.run(lambda cancel: "served", deadline_s=5)
+            done = await executor.run(lambda cancel: "served", deadline_s=20)
             assert done.value == "served"
         assert ids.n_read == MESSAGE_HITS
 
@@ -151,7 +151,7 @@ def test_a_caller_that_leaves_during_a_scan_frees_the_executor(
         with pytest.raises(asyncio.CancelledError):
             await reading
         assert await asyncio.to_thread(stopped.wait, 10)
-        assert (await executor.run(lambda cancel: 1, deadline_s=5)).value == 1
+        assert (await executor.run(lambda cancel: 1, deadline_s=20)).value == 1
 
     asyncio.run(leave())
 

@@ -16,6 +16,9 @@ import search_service
 from search_service.kernels import euclidean, hamming, sketch
 from tests.support import answers
 
+# A busy machine may take minutes to compile all kernels without a cache.
+pytestmark = pytest.mark.timeout(600)
+
 ROOT = Path(__file__).parents[3]
 
 FULL_DISK = """
@@ -48,7 +51,7 @@ def python(*args: str, tree: Path = ROOT, **env: str) -> subprocess.CompletedPro
         env=inherited | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"} | env,
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=540,
         check=False,
     )
     assert done.returncode == 0, done.stderr

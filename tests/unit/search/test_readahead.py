@@ -49,6 +49,10 @@ def cold(features: tuple[Path, np.ndarray]) -> Snapshot:
     return Snapshot.from_arrays(packed, n_bits=8, features=numbers, rows_per_segment=1024)
 
 
+def resident_pages(numbers: np.ndarray) -> int:
+    return round(pagecache.resident_share(numbers) * (numbers.nbytes // mmap.PAGESIZE))
+
+
 def test_what_is_cold_is_told_from_what_is_warm(cold: Snapshot) -> None:
     place, rows = Place.of(cold), np.arange(0, ROWS, 7)
     assert readahead.is_cold(place, rows)
@@ -72,10 +76,11 @@ def test_cold_rows_give_the_distances_of_warm_ones_and_little_else_is_read(
     monkeypatch.setattr(readahead, "IN_FLIGHT_BYTES", 30 * 2 * DIM)
     rows = np.arange(3, ROWS, 61)
     query = np.ones(DIM, dtype=np.float32)
+    # The system may keep a few pages that it is asked to put out.
+    n_before = resident_pages(features[1])
     got = fine.distances_to(cold, rows, query, Cancel())
-    n_pages = ROWS * 2 * DIM // mmap.PAGESIZE
     # A row of 2 KiB lies in one page.
-    assert round(pagecache.resident_share(features[1]) * n_pages) == len(rows)
+    assert len(rows) <= resident_pages(features[1]) <= len(rows) + n_before
     assert not readahead.is_cold(Place.of(cold), rows)
     assert fine.distances_to(cold, rows, query, Cancel()).tobytes() == got.tobytes()
     assert not [thread for thread in threading.enumerate() if thread.name == "readahead"]
@@ -104,14 +109,14 @@ def test_it_stops_between_blocks(
 ) -> None:
     monkeypatch.setattr(readahead, "_STEP_BYTES", 2 * DIM)
     monkeypatch.setattr(readahead, "want", lambda starts, ends: None)
-    cancel = Cancel(0.05 if error is DeadlineError else None)
+    cancel = Cancel(60)
     rows = np.arange(0, ROWS, 9)
     with closing(readahead.blocks(Place.of(cold), rows, 1000, cancel)) as parts:
         assert next(parts) == slice(0, 1)
         if error is CancelledError:
             cancel.set()
         else:
-            threading.Event().wait(0.06)
+            cancel._ends_s = 0.0  # Its time is over now.
         with pytest.raises(error):
             next(parts)
     assert not [thread for thread in threading.enumerate() if thread.name == "readahead"]
