@@ -47,7 +47,8 @@ test: $(STAMP) ## Run the tests
 faults: $(STAMP) ## Crash the store at every named place, hundreds of times (FAULTS='--seed N')
 	$(BIN)/python -m tests.faults.campaign $(FAULTS)
 	$(BIN)/python -m tests.faults.chaos --minutes 3
-	STATEFUL_EXAMPLES=100 $(BIN)/python -m pytest -q --timeout 1800 tests/unit/storage/test_stateful.py
+	STATEFUL_EXAMPLES=100 $(BIN)/python -m pytest -q --timeout 1800 --hypothesis-profile random \
+	  tests/unit/storage/test_stateful.py
 
 soak: $(STAMP) ## Mixed traffic for 20 minutes: does anything drift? (SOAK='--minutes N')
 	$(BIN)/python -m tests.soak.run $(SOAK)

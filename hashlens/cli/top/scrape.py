@@ -77,6 +77,9 @@ def look(address: str, deadline_s: float) -> Scrape:
         for family in text_string_to_metric_families(data.decode()):
             for sample in family.samples:
                 samples[sample.name][frozenset(sample.labels.items())] = sample.value
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise UnavailableError(f"{address}: {error.reason}") from None
     except urllib.error.URLError as error:
         raise UnavailableError(f"{address}: {error.reason}") from None
     except OSError as error:
