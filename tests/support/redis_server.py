@@ -15,7 +15,7 @@ import redis
 
 from search_service.storage.embedded import SETTINGS, find_server
 
-READY_S = 20.0
+READY_S = 60.0
 
 
 def server_binaries() -> list[Path]:
@@ -49,7 +49,7 @@ class RedisServer:
 
     def client(self) -> redis.Redis:
         """A client for a test's own questions."""
-        return redis.Redis(unix_socket_path=str(self.socket), protocol=2, socket_timeout=10)
+        return redis.Redis(unix_socket_path=str(self.socket), protocol=2, socket_timeout=60)
 
     def start(self) -> Self:
         """Start it, and wait until it answers."""

@@ -16,7 +16,7 @@ from search_service.storage import StoreConfig
 from tests.support.replicas import replica
 
 START_S = 60.0
-STOP_S = 30.0
+STOP_S = 60.0
 
 
 class ReplicaProcess:

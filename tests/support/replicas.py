@@ -34,12 +34,12 @@ class ReplicaServer:
 
     def start(self) -> str:
         self._thread.start()
-        assert self._ready.wait(20)
+        assert self._ready.wait(60)
         return self.address
 
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(20)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
     def _run(self) -> None:

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Self
 
 START_S = 90.0
-STOP_S = 30.0
+STOP_S = 60.0
 
 
 class ServiceProcess:

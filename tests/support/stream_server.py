@@ -73,5 +73,5 @@ def encoder_in_process(config: EncoderConfig, **options: int) -> Iterator[InProc
         yield running[0]
     finally:
         running[0].loop.call_soon_threadsafe(over[0].set)
-        thread.join(30)
+        thread.join(60)
         assert not thread.is_alive()

@@ -51,7 +51,7 @@ class TlsProxy:
     def __exit__(self, *_: object) -> None:
         self._stopping.set()
         for thread in self._threads:
-            thread.join(20)
+            thread.join(60)
             assert not thread.is_alive()
         self._listener.close()
 
