@@ -30,7 +30,7 @@ from tests.support.ghz import (
 )
 from tests.support.secrets import nowhere
 from tests.support.secured import SecuredServer
-from tests.support.services import both_services
+from tests.support.services import both_services, wait_until
 
 ITEMS = "2000"
 ANYTHING = {"max_error_share": 1, "max_status_share": {}}
@@ -203,7 +203,8 @@ def test_call_data_are_made_once_and_anew_for_another_number_of_rows(
     assert make(60) == ""
     assert "call data for 40 items" in make(40)
     with Client(load.search, load.encoder) as client:
-        assert client.collection("ghz").n_items == 40
+        # Another process has written them, and they are acknowledged before they are here.
+        wait_until(lambda: client.collection("ghz").n_items == 40, within_s=30, what="all are here")
     asked = json.loads((tmp_path / "search-by-id.json").read_text())
     assert all(0 <= int(query["query"]["id"].removeprefix("row-")) < 40 for query in asked)
 
