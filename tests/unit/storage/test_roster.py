@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import redis
 
 from hashlens.errors import NotFoundError
 from hashlens.types import CollectionSpec
@@ -21,8 +22,9 @@ NEVER_S = 3600.0
 
 
 @pytest.fixture
-def store(server: RedisServer, data_dir: Path) -> Iterator[Store]:
-    """One that does not look by itself any more."""
+def store(server: RedisServer, data_dir: Path, client: redis.Redis) -> Iterator[Store]:
+    """One that does not look by itself any more, nor is made to by a collection of its own."""
+    client.flushall()
     config = StoreConfig(data_dir=data_dir, redis_url=server.url, discovery_interval_s=NEVER_S)
     with Store.open(config) as store:
         wait_until(lambda: store._roster._has_synchronized, "it has looked once")
