@@ -263,9 +263,10 @@ class Roster:
                 self._foreign_epochs.add(collection.epoch)
                 logger.warning("%s", collection.info().detail)
         for name in sorted(names - set(self._collections)):
-            meta = self._catalog.meta(name, give_up - time.monotonic())
-            if meta is not None and meta.is_active:
-                with self.administering(give_up - time.monotonic()):
+            # Asked under the lock: one that is dropped here meanwhile must not come back.
+            with self.administering(give_up - time.monotonic()):
+                meta = self._catalog.meta(name, give_up - time.monotonic())
+                if meta is not None and meta.is_active:
                     self.adopt(meta)
 
     def _serve(self, local: LocalCollection) -> Collection:

@@ -27,6 +27,7 @@ from search_service.storage.compactor import Compactor, Policy
 from search_service.storage.connection import RedisState
 from search_service.storage.counters import Counters
 from search_service.storage.embedded import EmbeddedRedis
+from search_service.storage.keys import Meta
 from search_service.storage.leases import Lease, Leases
 from search_service.storage.peers import Peers
 from search_service.storage.receipts import erase
@@ -196,11 +197,13 @@ class Store:
         if found is not None:
             return found
         give_up = time.monotonic() + deadline_s
-        meta = self._catalog.meta(name, deadline_s) if layout.is_safe_name(name) else None
-        if meta is None or not meta.is_active:
-            raise NotFoundError(f"There is no collection {name}.")
+        self._active_meta(name, deadline_s)
         with self._roster.administering(give_up - time.monotonic()):
-            return self._roster.adopt(meta)
+            found = self.find(name)
+            if found is not None:
+                return found
+            # Once more: it may just have been dropped here, and must not come back.
+            return self._roster.adopt(self._active_meta(name, give_up - time.monotonic()))
 
     def replicas(self, name: str, *, deadline_s: float = _LOOKUP_S) -> list[ReplicaInfo]:
         """Return all replicas of a collection that Redis knows, by id.
@@ -337,6 +340,13 @@ class Store:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _active_meta(self, name: str, deadline_s: float) -> Meta:
+        """Return what Redis says of a collection; NotFoundError if it has none."""
+        meta = self._catalog.meta(name, deadline_s) if layout.is_safe_name(name) else None
+        if meta is None or not meta.is_active:
+            raise NotFoundError(f"There is no collection {name}.")
+        return meta
 
     def _end(self) -> None:
         """End all threads; the files stay as the last checkpoints have them."""

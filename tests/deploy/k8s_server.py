@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import re
 import socket
 import subprocess
@@ -14,14 +16,18 @@ from tests.deploy.k8s_policies import mounts, redis_options
 from tests.deploy.k8s_programs import arguments, environment
 from tests.deploy.manifests import Cluster, Container
 
-_READY_S = 20.0
+_READY_S = 60.0
+_PORTS = range(20_000, 32_000)
+"""Not among those that the kernel gives to whoever asks for any, as each connection does."""
 
 
 def free_port() -> int:
-    """Return a port on loopback that nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port on loopback that nobody has just now, and hardly anybody will take."""
+    while True:
+        port = random.SystemRandom().choice(_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def lay_out(cluster: Cluster, container: Container, root: Path) -> None:
@@ -79,7 +85,7 @@ def running_redis(cluster: Cluster, binary: Path, root: Path) -> Iterator[int]:
         yield port
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(30)
 
 
 def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -29,7 +29,7 @@ EXCLUDES = frozenset([frozenset(["autoscale", "autoscale-keda"])])
 LAST = ("external-redis",)
 """Components that come after all others."""
 
-_RENDER_S = 30
+_RENDER_S = 120
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 

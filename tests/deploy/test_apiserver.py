@@ -20,6 +20,7 @@ from tests.deploy.api_client import (
     warnings_of,
 )
 from tests.deploy.custom_resources import CustomKind, custom_kinds, definition, structural
+from tests.support.services import wait_until
 
 GO_MOD = """
 require (
@@ -147,6 +148,13 @@ def test_servers_are_ended_even_if_they_ignore_sigterm(
     script(tmp_path / "etcd", "trap '' TERM; echo 1; exec sleep 60")
     monkeypatch.setattr(control_plane, "STOP_S", 0.3)
     monkeypatch.setattr(control_plane, "READY_S", 1.0)
+
+    def answers(*_: object) -> bool:
+        # It never does, and is asked when it has come as far as it will.
+        wait_until((tmp_path / "etcd.log").read_text, within_s=60, what="it says something")
+        return False
+
+    monkeypatch.setattr(control_plane, "_answers", answers)
     binaries = control_plane.Binaries(*[tmp_path / "etcd"] * 3)
     started: list[subprocess.Popen[bytes]] = []
     popen = subprocess.Popen

@@ -38,7 +38,7 @@ COLLECTION = ENVIRONMENT["COLLECTION"]
 N_PICTURES = 1800
 BAD = {"album 1/cut.jpg", "text.png"}
 TOKEN = "t" * 40
-POD_S = 60.0
+POD_S = 150.0
 
 
 @dataclass(frozen=True)
@@ -165,11 +165,8 @@ def stored_ids(client: Client, names: list[str]) -> list[str]:
     ]
 
 
-def test_a_job_whose_pod_is_killed(cluster: Cluster, client: Client) -> None:
-    images = cluster.mounts["/images"]
-    names = write_pictures(images)
-    shares = [[n for n in names if Shard(i, N_SHARDS).has(n)] for i in range(N_SHARDS)]
-
+def written_until_killed(cluster: Cluster, client: Client, n_all: int) -> int:
+    """Kill a pod when its first batch is in; return how many of its items there are then."""
     pod = cluster.pod(1)
     try:
         wait_until(lambda: n_items(client) > 0, within_s=POD_S, what="a first batch is in")
@@ -177,8 +174,20 @@ def test_a_job_whose_pod_is_killed(cluster: Cluster, client: Client) -> None:
         printed = pod.communicate(timeout=POD_S)[0]
     finally:
         pod.kill()
-    assert pod.returncode == -signal.SIGKILL, printed
-    n_before = n_items(client)
+    assert pod.returncode in (-signal.SIGKILL, 0), printed
+    return n_items(client) if pod.returncode else n_all
+
+
+def test_a_job_whose_pod_is_killed(cluster: Cluster, client: Client) -> None:
+    images = cluster.mounts["/images"]
+    names = write_pictures(images)
+    shares = [[n for n in names if Shard(i, N_SHARDS).has(n)] for i in range(N_SHARDS)]
+
+    while (n_before := written_until_killed(cluster, client, len(shares[1]))) == len(shares[1]):
+        # It was quicker than the kill: everything is left for another one.
+        client.delete(COLLECTION, shares[1])
+        wait_until(lambda: n_items(client) == 0, within_s=POD_S, what="there is nothing")
+        cluster.report(1).unlink(missing_ok=True)
     assert 0 < n_before < len(shares[1])
     assert not cluster.report(1).exists()
 
@@ -187,7 +196,8 @@ def test_a_job_whose_pod_is_killed(cluster: Cluster, client: Client) -> None:
     assert [s["indexed"] + s["unchanged"] for s in summaries] == [len(share) for share in shares]
     # What the first try had written is not encoded again; its last call may have come in later.
     assert summaries[1]["unchanged"] >= n_before
-    assert n_items(client) == N_PICTURES
+    # What others have written is acknowledged before it is here.
+    wait_until(lambda: n_items(client) == N_PICTURES, within_s=POD_S, what="all are here")
     assert sorted(stored_ids(client, names)) == sorted(names)
     assert sorted(cluster.reported()) == sorted(BAD)
 

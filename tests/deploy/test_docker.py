@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ from search_service.config import SearchConfig
 from search_service.storage.embedded import SETTINGS, find_server
 from tests.deploy import dockerfile
 from tests.deploy.dockerfile import DOCKER, ROOT, Image
+from tests.deploy.k8s_server import free_port
 
 CONFIGS: dict[str, type[ServerConfig]] = {"encoder": EncoderConfig, "search": SearchConfig}
 PORTS = {"encoder": 50051, "search": 50052}
@@ -291,12 +291,6 @@ def test_what_readme_adds_to_compose_is_known(compose: dict[str, Any]) -> None:
     assert secured == 2
 
 
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
-
-
 def redis_options(compose: dict[str, Any]) -> dict[str, str]:
     server, *words = compose["services"]["redis"]["command"]
     assert server == "valkey-server"
@@ -318,8 +312,8 @@ def secrets(tmp_path: Path) -> Path:
         pytest.skip("make-secrets.sh needs openssl")
     directory = tmp_path / "secrets"
     made = [str(DOCKER / "make-secrets.sh"), str(directory)]
-    subprocess.run(made, check=True, timeout=20, stdout=subprocess.DEVNULL)
-    again = subprocess.run(made, check=False, timeout=20, capture_output=True, text=True)
+    subprocess.run(made, check=True, timeout=60, stdout=subprocess.DEVNULL)
+    again = subprocess.run(made, check=False, timeout=60, capture_output=True, text=True)
     assert again.returncode == 1
     assert "already" in again.stderr
     return directory
@@ -334,7 +328,7 @@ def port(compose: dict[str, Any], secrets: Path, tmp_path: Path) -> Iterator[int
     command = [str(find_server()), *(word for pair in said.items() for word in pair)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
-        ends_s = time.monotonic() + 20
+        ends_s = time.monotonic() + 60
         while True:
             try:
                 with redis.Redis(port=chosen) as anybody:
@@ -408,7 +402,7 @@ def test_the_probe_tells_serving_from_all_else(
             [sys.executable, str(DOCKER / "probe.py"), f"127.0.0.1:{at}", name],
             capture_output=True,
             text=True,
-            timeout=20,
+            timeout=60,
             check=False,
         )
         said = done.stdout.rpartition(": ")[2].strip()

@@ -25,7 +25,7 @@ from tests.support.services import both_services
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "docs" / "examples" / "go"
 BUILD_S = 550
-RUN_S = 30
+RUN_S = 120
 IMPORT = re.compile(r'^import (?:public )?"([^"]+)";', re.MULTILINE)
 
 needs_go = pytest.mark.skipif(shutil.which("go") is None, reason="there is no Go here")

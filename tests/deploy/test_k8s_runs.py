@@ -35,7 +35,7 @@ from tests.support.pictures import picture
 from tests.support.redis_server import server_binaries
 
 _READY_S = 120.0
-_STOP_S = 20.0
+_STOP_S = 60.0
 PORTS = ("LISTEN", "HEALTH_LISTEN", "METRICS_LISTEN")
 
 

@@ -51,7 +51,7 @@ def run(block: str, folder: Path) -> list[str]:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     return calls.read_text().splitlines()

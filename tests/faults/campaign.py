@@ -185,7 +185,8 @@ class Campaign:
         """Read what is acknowledged by now; return whether the writer has ended."""
         # The last number may have lost its end of line to the kill.
         number, ended, _ = self._read().partition("ended")
-        if number:
+        # Not one that was quicker than the kill, and has come to the end of its history.
+        if number and number != "done":
             self._acknowledged = int(number)
         return bool(ended)
 

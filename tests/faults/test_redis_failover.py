@@ -41,6 +41,8 @@ def config(front: Proxy, tmp_path: Path) -> StoreConfig:
         redis_url=front.url,
         redis_timeout_s=0.5,
         discovery_interval_s=0.1,
+        # What is in a checkpoint is for the tests to say.
+        checkpoint_interval_s=3600.0,
     )
 
 
@@ -289,7 +291,7 @@ def test_other_writes_in_the_place_of_lost_ones_are_not_mixed_in(
         # While this store is cut off, another one writes to the new primary.
         other_config = StoreConfig(data_dir=tmp_path / "other", redis_url=replica.url)
         with Store.open(other_config) as other:
-            found = other.get("c")
+            found = other.get("c", deadline_s=DEADLINE_S)
             found.wait_for(50, DEADLINE_S)
             their_model = fill(found, n_others, prefix="new")
             their_model = Model(contents(found.snapshot()), their_model.version)
@@ -322,7 +324,7 @@ def test_data_that_are_replaced_under_a_connection_are_not_mixed_in(
         promote(replica)
         other_config = StoreConfig(data_dir=tmp_path / "other", redis_url=replica.url)
         with Store.open(other_config) as other:
-            other.get("c").wait_for(50, DEADLINE_S)
+            other.get("c", deadline_s=DEADLINE_S).wait_for(50, DEADLINE_S)
             fill(other.get("c"), 70, prefix="new")
         with replica.client() as client:
             theirs = client.xrange("hl:{c}:log")
@@ -357,7 +359,7 @@ def test_a_demoted_primary_that_took_over_other_data_is_not_mixed_in(
             client.config_set("repl-diskless-sync-delay", "0")
         other_config = StoreConfig(data_dir=tmp_path / "other", redis_url=replica.url)
         with Store.open(other_config) as other, Proxy(replica.socket) as back:
-            found = other.get("c")
+            found = other.get("c", deadline_s=DEADLINE_S)
             found.wait_for(50, DEADLINE_S)
             follow(server, back)
             # This store's URL still leads to the old one, which gets the others' writes now.
@@ -380,7 +382,7 @@ def test_files_that_the_log_does_not_show_to_be_its_own_are_replaced(
         sever(front)
         other_config = StoreConfig(data_dir=tmp_path / "other", redis_url=server.url)
         with Store.open(other_config) as other:
-            found = other.get("c")
+            found = other.get("c", deadline_s=DEADLINE_S)
             found.wait_for(100, DEADLINE_S)
             new = fill(found, 20, prefix="new")
         with server.client() as client:

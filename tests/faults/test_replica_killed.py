@@ -105,7 +105,7 @@ def test_a_source_that_is_killed_in_mid_copy_is_gone_on_with(config_for: ConfigF
         return 0
 
     arguments = (source.data_dir, str(source.redis_url))
-    with ReplicaProcess(*arguments, bytes_per_s=100_000.0) as serving, replica(config) as store:
+    with ReplicaProcess(*arguments, bytes_per_s=30_000.0) as serving, replica(config) as store:
         wait_until(lambda: copied_bytes() > 20_000, "some is copied", WITHIN_S)
         serving.kill()
         wait_until(

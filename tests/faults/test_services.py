@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from hashlens import Client, CollectionSpec, Embedding, FeatureDtype, Item, codes
-from hashlens.errors import HashlensError, PreconditionError, UnavailableError
+from hashlens.errors import DeadlineError, HashlensError, PreconditionError, UnavailableError
 from hashlens.types import Hit
 from tests.support.redis_server import RedisServer, server_binaries
 from tests.support.services import ServiceProcess, wait_until
@@ -60,6 +60,23 @@ def answers(client: Client, version: int) -> list[list[tuple[str, int, float | N
     results = [client.search("photos", embedding=embedding_of(q), k=15) for q in range(1000, 1020)]
     assert {result.receipt.version for result in results} == {version}
     return [facts(result.hits) for result in results]
+
+
+def assert_told_that_redis_is_away(client: Client, item: Item) -> None:
+    """A write gets that answer in time.
+
+    It is sent a moment before the deadline: where the machine halts for as long, try again.
+    """
+
+    def is_told() -> bool:
+        began_s = time.monotonic()
+        with pytest.raises((UnavailableError, DeadlineError)) as caught:
+            client.upsert("photos", [item], deadline_s=2)
+        # The deadline, and the time that gRPC's own retries may add on a slow machine.
+        assert time.monotonic() - began_s < 20
+        return caught.type is UnavailableError
+
+    wait_until(is_told, within_s=60, what="Redis is away")
 
 
 def test_a_graceful_restart_changes_no_answer(tmp_path: Path) -> None:
@@ -154,20 +171,16 @@ def test_redis_away_searching_goes_on_and_writes_recover(
 
         redis_server.kill()
         assert answers(client, version) == before
-        began_s = time.monotonic()
-        with pytest.raises(UnavailableError):
-            client.upsert("photos", [item_of(200)], deadline_s=2)
-        # The deadline, and the time that gRPC's own retries may add on a slow machine.
-        assert time.monotonic() - began_s < 20
+        assert_told_that_redis_is_away(client, item_of(200))
         assert answers(client, version) == before
-        assert not client.collection("photos").writable
+        wait_until(lambda: not client.collection("photos").writable, within_s=30, what="it shows")
 
         redis_server.start()
 
         def written() -> bool:
             try:
                 client.upsert("photos", [item_of(201)], request_id="again", deadline_s=2)
-            except UnavailableError:
+            except (UnavailableError, DeadlineError):
                 return False
             return True
 
@@ -207,8 +220,7 @@ def test_the_service_starts_and_answers_while_redis_is_away(
     redis_server.kill()
     with process, Client(process.target) as client:
         assert answers(client, version) == before
-        with pytest.raises(UnavailableError):
-            client.upsert("photos", [item_of(100)], deadline_s=2)
+        assert_told_that_redis_is_away(client, item_of(100))
 
 
 def test_a_redis_that_lost_writes_gets_none_and_answers_stay(
@@ -225,6 +237,8 @@ def test_a_redis_that_lost_writes_gets_none_and_answers_stay(
         version = client.upsert("photos", map(item_of, range(50, 100)), deadline_s=20).version
         before = answers(client, version)
         redis_server.stop()
+        # Else Redis itself might be the first to notice, and say it in other words.
+        wait_until(lambda: not client.collection("photos").writable, within_s=30, what="it shows")
         shutil.rmtree(data)
         shutil.copytree(tmp_path / "older", data)
         redis_server.start()
@@ -249,7 +263,7 @@ def test_an_emptied_redis_stops_writes_and_wipes_nothing(
         with redis_server.client() as direct:
             direct.flushall()
         with pytest.raises(HashlensError) as caught:
-            client.upsert("photos", [item_of(100)], deadline_s=5)
+            client.upsert("photos", [item_of(100)], deadline_s=20)
         assert not caught.value.retriable
         assert answers(client, version) == before
         process.stop()
@@ -284,7 +298,7 @@ def test_a_collection_whose_files_are_damaged_comes_back(tmp_path: Path) -> None
         def answered() -> bool:
             try:
                 assert client.search("photos", embedding=embedding_of(0), k=9).hits == expected
-            except UnavailableError:
+            except (UnavailableError, DeadlineError):
                 return False
             return True
 

@@ -180,7 +180,7 @@ from tests.support.stores import make_records
 store = Store.open(StoreConfig(data_dir=Path(sys.argv[1]), redis_url=sys.argv[2]))
 collection = store.create(SPEC)
 resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, resource.RLIM_INFINITY))
-collection.upsert(make_records(SPEC, 6000), request_id="a", deadline_s=10)
+collection.upsert(make_records(SPEC, 6000), request_id="a", deadline_s=60)
 while not collection.info().detail.startswith("The search service cannot write"):
     time.sleep(0.01)
 version = collection.snapshot().version
@@ -191,12 +191,12 @@ except LimitError:
     pass
 limit = resource.RLIM_INFINITY
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-collection.wait_for(6000, 20)
+collection.wait_for(6000, 60)
 while not collection.info().writable:
     time.sleep(0.01)
 assert 0 <= version < 6000, version
 collection.upsert(make_records(SPEC, 1), request_id="b", deadline_s=10)
-collection.wait_for(6001, 20)
+collection.wait_for(6001, 60)
 store.close()
 """
 
@@ -206,7 +206,7 @@ def test_a_full_disk_stops_writing_and_heals_by_itself(
 ) -> None:
     arguments = [sys.executable, "-c", WRITER, config.data_dir, server.url]
     root = Path(__file__).parents[2]
-    subprocess.run(arguments, check=True, timeout=90, cwd=root)
+    subprocess.run(arguments, check=True, timeout=170, cwd=root)
     model = Model()
     model.upsert(make_records(SPEC, 6000))
     model.upsert(make_records(SPEC, 1))

@@ -24,6 +24,8 @@ def config(server: RedisServer, tmp_path: Path) -> StoreConfig:
         redis_url=server.url,
         redis_timeout_s=0.5,
         discovery_interval_s=0.1,
+        # What is in a checkpoint is for the tests to say.
+        checkpoint_interval_s=3600.0,
     )
 
 
@@ -40,8 +42,8 @@ def test_while_redis_is_away_reading_goes_on(server: RedisServer, store: Store, 
     server.pause() if how == "paused" else server.stop()
     began = time.monotonic()
     error = refused(collection)
-    # A bound for hanging, not a measurement.
-    assert time.monotonic() - began < 5.0
+    # A bound for hanging, not a measurement: without its deadline, each call would try eight times.
+    assert time.monotonic() - began < 12.0
     assert type(error) is UnavailableError
     assert contents(collection.snapshot()) == model.items
     assert store.get("c") is collection
@@ -160,7 +162,7 @@ def test_a_redis_that_went_back_is_noticed(
             assert client.hget("hl:{c}:meta", "seq") == b"50"
         other_config = StoreConfig(data_dir=tmp_path / "other", redis_url=server.url)
         with Store.open(other_config) as other:
-            found = other.get("c")
+            found = other.get("c", deadline_s=DEADLINE_S)
             found.wait_for(50, DEADLINE_S)
             fill(found, 60, prefix="new")
         wait_until(lambda: "another write" in collection.info().detail, "the state shows it")
@@ -196,7 +198,11 @@ def test_a_log_that_was_trimmed_too_far_is_made_up_for_from_redis(
 ) -> None:
     with Store.open(config) as store:
         fill(store.create(SPEC), 100)
-        store.get("c").checkpoint()
+        with server.client() as client:
+            wait_until(
+                lambda: store.get("c").checkpoint() == 100 and client.xlen("hl:{c}:log") == 1,
+                "the log is trimmed",
+            )
     shutil.rmtree(config.data_dir)
     with Store.open(config) as store:
         wait_until(lambda: store.get("c").info().writable, "the collection is back")
@@ -214,8 +220,8 @@ def test_a_damaged_log_is_no_wrong_answer(server: RedisServer, store: Store) -> 
     with server.client() as client:
         client.xadd("hl:{c}:log", {"r": b"nonsense"}, id="101-1")
         client.hset("hl:{c}:meta", "seq", 101)
-    wait_until(lambda: not collection.info().writable, "the state shows it")
-    assert "Log entry 101" in collection.info().detail
+    # Between two attempts to read it, the state is for a moment that of a log that is followed.
+    wait_until(lambda: "Log entry 101" in collection.info().detail, "the state shows it")
     assert contents(collection.snapshot()) == model.items
 
 
@@ -227,7 +233,7 @@ def test_a_hole_in_the_log_is_no_wrong_answer(
         with Store.open(config) as store:
             collection = store.create(SPEC)
             # The other is there from the beginning, so it does not miss what is trimmed.
-            assert other.get("c").wait_for(0, 0).version == 0
+            assert other.get("c", deadline_s=DEADLINE_S).wait_for(0, 0).version == 0
             wait_until(lambda: other.get("c").info().writable, "the other follows")
             model = fill(collection)
         fill(other.get("c"), 30, prefix="more")

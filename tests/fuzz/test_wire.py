@@ -22,7 +22,7 @@ from tests.fuzz.http2 import (
 )
 from tests.fuzz.messages import methods, requests
 from tests.fuzz.noise import ATTACKS, Attack
-from tests.fuzz.usage import usage
+from tests.fuzz.usage import settled_descriptors, usage
 from tests.fuzz.wire import (
     ENCODER,
     OWN_ATTACKS,
@@ -90,7 +90,7 @@ def test_a_path_that_is_no_text_leaves_the_server_alone(victim: Victim) -> None:
         connection.read(0.5)
     victim.healthy()
     with grpc.insecure_channel(victim.process.target) as channel:
-        grpc.channel_ready_future(channel).result(timeout=10)
+        grpc.channel_ready_future(channel).result(timeout=60)
 
 
 def test_what_a_stranger_says_is_in_no_log(victim: Victim) -> None:
@@ -112,8 +112,10 @@ def test_connections_are_counted(victim: Victim) -> None:
     with ExitStack() as stack:
         for _ in range(MAX_CONNECTIONS + 50):
             stack.enter_context(Connection(victim.process.target))
+        # As many as there will be, then those that are too many are closed.
         time.sleep(1.0)
-        assert usage(victim.pid).n_descriptors <= before + MAX_CONNECTIONS
+        allowed = before + MAX_CONNECTIONS
+        assert settled_descriptors(victim.pid, allowed, within_s=30) <= allowed
         victim.healthy()
 
 
@@ -125,5 +127,5 @@ def test_a_batch_of_bombs_refuses_each(victims: dict[str, Victim]) -> None:
             enc.EncodeBatchRequest.SerializeToString,
             enc.EncodeBatchResponse.FromString,
         )
-        reply = call(enc.EncodeBatchRequest(images=images), timeout=20)
+        reply = call(enc.EncodeBatchRequest(images=images), timeout=60)
     assert [result.error.code for result in reply.results] == [3, 3, 3]

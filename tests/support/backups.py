@@ -24,7 +24,7 @@ main.add_command(backup)
 main.add_command(restore)
 main(prog_name="hashlens")
 """
-_LONGEST_S = 120
+_LONGEST_S = 150
 
 FULL = CollectionSpec("full", "m", 100, 33, FeatureDtype.F16, 1000)
 CODES = CollectionSpec("codes", "m", 8, 0, expected_rows=10)

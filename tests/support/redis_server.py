@@ -49,7 +49,7 @@ class RedisServer:
 
     def client(self) -> redis.Redis:
         """A client for a test's own questions."""
-        return redis.Redis(unix_socket_path=str(self.socket), protocol=2, socket_timeout=30)
+        return redis.Redis(unix_socket_path=str(self.socket), protocol=2, socket_timeout=60)
 
     def start(self) -> Self:
         """Start it, and wait until it answers."""

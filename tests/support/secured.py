@@ -102,7 +102,7 @@ class SecuredServer:
         self._thread.start()
         assert self._ready.wait(60)
         if self._problem is not None:
-            self._thread.join(20)
+            self._thread.join(60)
             raise self._problem
         return self
 

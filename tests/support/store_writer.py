@@ -58,6 +58,8 @@ def write(order: dict[str, Any]) -> None:
     An order may name failpoints, as the environment would, and what else is to go on meanwhile:
     ``churn``: another collection comes and goes; ``compact``: this one is compacted; ``rebuild``:
     its files are made anew.
+
+    After the `last` write it says "done" and waits.
     """
     failpoints.read(order.get("failpoints", ""))
     config = StoreConfig(

@@ -21,7 +21,7 @@ from search_service.snapshot import Snapshot
 from search_service.storage import Collection, Record
 
 DEADLINE_S = 30.0
-"""For what is done at once, unless the machine is busy with something else."""
+"""Of calls that are to succeed, or to be refused at once: a busy machine may take long."""
 FAR_MS = 4_000_000_000_000
 """An expiry that no test lives to see."""
 

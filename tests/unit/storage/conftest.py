@@ -46,9 +46,15 @@ def data_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def around(
-    server: RedisServer, data_dir: Path, new_name: Callable[[], str], tmp_path: Path
+    server: RedisServer,
+    data_dir: Path,
+    new_name: Callable[[], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Callable[..., Around]]:
     """Makes collections in a store of the test's own; arguments change the specification."""
+    # What the log has no more is what many tests are about.
+    monkeypatch.setattr("search_service.storage.upkeep._TRIM_S", 60.0)
     names: list[str] = []
     # Nobody else finds what a test has damaged.
     config = StoreConfig(

@@ -116,13 +116,19 @@ def test_writing_and_reading_go_on(tmp_path: Path) -> None:
             local.checkpoint()
             snapshots.append(local.snapshot)
 
+    def is_seen(table_id: str) -> bool:
+        return any(one.table_id == table_id and one.version in seen for one in list(snapshots))
+
     threads = [threading.Thread(target=write), threading.Thread(target=checkpoint)]
     for thread in threads:
         thread.start()
     try:
         for _ in range(3):
+            wait_until(lambda: local.n_dead_rows > 0, "there is something to compact")
             version = local.seq
             assert compact(local, pace()).erased_seq >= version
+            table_id = local.snapshot.table_id
+            wait_until(lambda t=table_id: is_seen(t), "somebody has looked at what is new")
     finally:
         stop.set()
         for thread in threads:

@@ -34,13 +34,15 @@ def test_the_url_does_not_change_our_settings(server: RedisServer) -> None:
 
 
 def test_what_the_server_says_becomes_an_error_of_ours(
-    server: RedisServer, client: redis.Redis
+    server: RedisServer, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caller = Caller(server.url, 1.0)
+    # Some are worth another attempt. The last one has to have the time for its answer.
+    monkeypatch.setattr("search_service.storage.connection._MAX_ATTEMPTS", 2)
+    caller = Caller(server.url, 20.0)
 
     def fail(*command: str) -> HashlensError:
         with pytest.raises(HashlensError) as caught:
-            caller.run(lambda each: each.execute_command(*command), 0.5)
+            caller.run(lambda each: each.execute_command(*command), 60.0)
         return caught.value
 
     client.set("text", "x")
@@ -58,7 +60,7 @@ def test_what_the_server_says_becomes_an_error_of_ours(
 def test_a_server_that_is_no_primary_is_asked_again_on_a_new_connection(
     server: RedisServer, code: str
 ) -> None:
-    caller = Caller(server.url, 1.0)
+    caller = Caller(server.url, 20.0)
     connections = []
 
     def ask(client: redis.Redis) -> object:
@@ -67,7 +69,7 @@ def test_a_server_that_is_no_primary_is_asked_again_on_a_new_connection(
             client.eval(f"return redis.error_reply('{code} because')", 0)
         return client.ping()
 
-    assert caller.run(ask, 5.0) is True
+    assert caller.run(ask, 60.0) is True
     first, second = connections
     assert first != second
     caller.close()
@@ -85,7 +87,7 @@ def test_a_full_memory_is_a_limit(server: RedisServer, client: redis.Redis) -> N
 
 
 def test_a_wrong_password_is_not_tried_again(server: RedisServer) -> None:
-    caller = Caller(f"{server.url}?username=nobody&password=wrong", 1.0)
+    caller = Caller(f"{server.url}?username=nobody&password=wrong", 20.0)
     attempts = []
 
     def ask(client: redis.Redis) -> object:
@@ -93,7 +95,7 @@ def test_a_wrong_password_is_not_tried_again(server: RedisServer) -> None:
         return client.ping()
 
     with pytest.raises(UnavailableError):
-        caller.run(ask, 5.0)
+        caller.run(ask, 60.0)
     assert len(attempts) == 1
     caller.close()
 
@@ -115,12 +117,12 @@ def test_transient_errors_are_tried_again(server: RedisServer) -> None:
 def test_a_deadline_holds_when_nobody_answers(deadline_s: float) -> None:
     # Accepts connections, as the kernel does for a process that hangs, and never answers.
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        caller = Caller(f"redis://127.0.0.1:{silent.getsockname()[1]}", 5.0)
+        caller = Caller(f"redis://127.0.0.1:{silent.getsockname()[1]}", 60.0)
         began = time.monotonic()
         with pytest.raises(UnavailableError, match="Redis is away"):
             caller.run(lambda client: client.ping(), deadline_s)
-        # A bound for hanging, not a measurement: an attempt alone may take five seconds.
-        assert time.monotonic() - began < deadline_s + 2.0
+        # A bound for hanging, not a measurement: an attempt alone may take a minute.
+        assert time.monotonic() - began < deadline_s + 20.0
         caller.close()
 
 

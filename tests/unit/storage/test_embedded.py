@@ -122,7 +122,7 @@ def test_a_server_does_not_outlive_a_killed_owner(directory: Path) -> None:
     child, pid = start_child(directory, guarded=True)
     assert runs(pid)
     child.kill()
-    child.wait(10)
+    child.wait(30)
     wait_until(lambda: not runs(pid), "the server ends")
 
 
@@ -134,7 +134,7 @@ def test_a_server_that_was_left_is_ended_first(
     child, left = start_child(directory, guarded=False)
     os.kill(left, signal.SIGSTOP)
     child.kill()
-    child.wait(10)
+    child.wait(30)
     try:
         # While it hangs, there is nothing to do but to say so.
         with pytest.raises(PreconditionError, match=f"earlier run left.*{left}"):
@@ -144,7 +144,8 @@ def test_a_server_that_was_left_is_ended_first(
     monkeypatch.undo()
     with EmbeddedRedis(directory) as server:
         assert server.pid != left
-        assert not runs(left)
+        # Its files are closed a moment before it is gone.
+        wait_until(lambda: not runs(left), "it has ended")
 
 
 def test_a_server_that_cannot_start_says_why(directory: Path) -> None:

@@ -40,7 +40,6 @@ def config_of(server: RedisServer, data_dir: Path, *, interval_s: float = 0.05) 
     return StoreConfig(
         data_dir=data_dir,
         redis_url=server.url,
-        redis_timeout_s=0.5,
         discovery_interval_s=0.1,
         expire_interval_s=interval_s,
     )
@@ -108,7 +107,7 @@ def test_redis_decides_whether_it_is_still_that_write_and_still_that_time(
 ) -> None:
     """A replica that is behind, or whose clock is ahead, does no harm."""
     spec, model = spec_of(new_name()), Model()
-    catalog = Catalog(server.url, 0.5)
+    catalog = Catalog(server.url, 5.0)
     with Store.open(config_of(server, data_dir, interval_s=NEVER_S)) as store:
         collection = store.create(spec)
         past, far = now_ms() - 1, now_ms() + 3_600_000
@@ -151,7 +150,7 @@ def test_two_replicas_lose_an_item_once(
         Store.open(config_of(server, tmp_path / "two")) as two,
     ):
         first = one.create(spec)
-        second = two.get(spec.name)
+        second = two.get(spec.name, deadline_s=DEADLINE_S)
         write(first, model, lasting(spec, 20, 0, "stays"))
         first.upsert(
             lasting(spec, 300, now_ms() + 100, "goes"), request_id="", deadline_s=DEADLINE_S

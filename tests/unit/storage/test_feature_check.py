@@ -189,8 +189,9 @@ def test_the_scrubber_puts_aside_what_it_cannot_trust(config: StoreConfig, name:
             byte = file.read(1)
             file.seek(9)
             file.write(bytes([byte[0] ^ 16]))
-        wait_until((config.data_dir / "quarantine").exists, "it is put aside")
-        aside = list((config.data_dir / "quarantine").iterdir())
+        quarantine = config.data_dir / "quarantine"
+        wait_until(lambda: quarantine.exists() and any(quarantine.iterdir()), "it is put aside")
+        aside = list(quarantine.iterdir())
         assert [path.name[:2] for path in aside] == ["c-"]
         assert_holds(store.get("other"), model)
 

@@ -154,7 +154,7 @@ def test_redis_is_read_by_the_store_and_by_the_book(
     # A new replica rebuilds everything from the log, the feature that the files lost as well.
     with Store.open(StoreConfig(data_dir=tmp_path / "new", redis_url=server.url)) as store:
         for name in NAMES:
-            assert_holds(store.get(name), model_of(name))
+            assert_holds(store.get(name, deadline_s=DEADLINE_S), model_of(name))
 
 
 def test_a_service_goes_on_with_files_and_redis(

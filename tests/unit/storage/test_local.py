@@ -21,6 +21,7 @@ from tests.support.stores import (
     make_record,
     make_records,
     on_disk,
+    wait_until,
 )
 
 
@@ -117,6 +118,10 @@ def test_a_checkpoint_may_be_made_while_writes_go_on(tmp_path: Path) -> None:
     for step in range(150):
         put(local, model, make_records(SPEC, 7, seed=step))
         seen[model.version] = dict(model.items)
+        if step % 40 == 39:
+            # One that was not under way yet is over: however slow the disk, some are made.
+            n = len(made)
+            wait_until(lambda n=n: len(made) > n + 1, "a checkpoint is made")
     stop.set()
     thread.join()
     version, items = on_disk(tmp_path / "c")
