@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from hashlens.rpc.status import error_of_call
 from hashlens.types import CollectionSpec, Embedding, Item
 from hashlens.v1 import search_service_pb2 as spb
 from hashlens.v1 import search_service_pb2_grpc as spb_grpc
+from tests.support.ports import held_port
 from tests.support.redis_server import RedisServer, server_binaries
 from tests.support.services import ServiceProcess, wait_until
 
@@ -41,10 +42,11 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-def free_address() -> str:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{one.getsockname()[1]}"
+@contextmanager
+def held_addresses(n: int) -> Iterator[list[str]]:
+    """Addresses that nobody else is given while the block runs."""
+    with ExitStack() as stack:
+        yield [f"127.0.0.1:{stack.enter_context(held_port())}" for _ in range(n)]
 
 
 def embeddings(n: int, seed: int = 0) -> list[Embedding]:
@@ -103,9 +105,15 @@ def check(target: str, name: str = "") -> int:
         return status
 
 
-def test_sigterm_ends_watches_and_lets_what_is_in_flight_end(filled: Path) -> None:
-    health = free_address()
-    process = Search(filled, "--grace-s", "20", "--health-listen", health).start()
+@pytest.fixture
+def health() -> Iterator[str]:
+    """An address for health alone."""
+    with held_addresses(1) as (address,):
+        yield address
+
+
+def test_sigterm_ends_watches_and_lets_what_is_in_flight_end(filled: Path, health: str) -> None:
+    process = Search(filled, "--grace-s", "90", "--health-listen", health).start()
     try:
         with (
             grpc.insecure_channel(process.target) as channel,
@@ -140,7 +148,6 @@ def test_sigterm_ends_watches_and_lets_what_is_in_flight_end(filled: Path) -> No
             asking = [callers.submit(ask, number) for number in range(4)]
             time.sleep(0.5)
             process.process.send_signal(signal.SIGTERM)
-            told_s = time.monotonic()
             for watch in watches:
                 assert next(watch).status == NOT_SERVING
                 assert list(watch) == []
@@ -152,8 +159,8 @@ def test_sigterm_ends_watches_and_lets_what_is_in_flight_end(filled: Path) -> No
             assert n == N
             assert last is not None
             assert last.receipt.pool_size == N
-            assert process.process.wait(15) == 0
-            assert time.monotonic() - told_s < 15
+            # Long before the grace is over.
+            assert process.process.wait(45) == 0
             stop.set()
             # Each caller meets a server that is gone after its last answer, and nothing else.
             for failures in (one.result(30) for one in asking):
@@ -177,7 +184,8 @@ def test_the_second_signal_ends_the_process_at_once(filled: Path) -> None:
             with pytest.raises(subprocess.TimeoutExpired):
                 process.process.wait(1.0)  # The reader is waited for.
             process.process.send_signal(signal.SIGTERM)
-            assert process.process.wait(1.0) == -signal.SIGTERM
+            # Far from the grace's end.
+            assert process.process.wait(30) == -signal.SIGTERM
     finally:
         process.kill()
 
@@ -189,7 +197,7 @@ def test_a_reader_that_stands_still_is_cut_off_after_the_grace(filled: Path) -> 
             half_read = ball(channel)
             next(half_read)
             process.process.send_signal(signal.SIGTERM)
-            assert process.process.wait(15) == 0
+            assert process.process.wait(45) == 0
     finally:
         process.kill()
 
@@ -205,10 +213,10 @@ class Ports:
 
 @pytest.fixture(scope="module")
 def ports(filled: Path) -> Iterator[Ports]:
-    health, admin = free_address(), free_address()
-    arguments = ("--health-listen", health, "--admin-listen", admin)
-    with Search(filled, *arguments, "--method-limits", "StreamBall=2") as process:
-        yield Ports(process, health, admin)
+    with held_addresses(2) as (health, admin):
+        arguments = ("--health-listen", health, "--admin-listen", admin)
+        with Search(filled, *arguments, "--method-limits", "StreamBall=2") as process:
+            yield Ports(process, health, admin)
 
 
 def test_limits_refuse_over_the_wire_with_a_time_to_come_back(ports: Ports) -> None:
@@ -234,7 +242,7 @@ def test_limits_refuse_over_the_wire_with_a_time_to_come_back(ports: Ports) -> N
                 return False
             return True
 
-        wait_until(has_room, within_s=10, what="a place is given back")
+        wait_until(has_room, within_s=30, what="a place is given back")
         held[1].cancel()  # type: ignore[attr-defined]
         log = process.log.read_text()
         assert 1 <= log.count("OverloadedError after") < 40, "they are not logged one by one"
@@ -298,13 +306,16 @@ def test_without_redis_a_replica_is_ready_and_says_so(tmp_path: Path) -> None:
             Client(process.target, NOBODY) as client,
         ):
             fill(process.target, 100)
-            assert client.health()[1].reasons == ()
+            # Health looks once a second: perhaps before the new collection had found its log.
+            wait_until(
+                lambda: client.health()[1].reasons == (), within_s=30, what="there is no trouble"
+            )
             redis.stop()
 
             def says_so() -> bool:
                 return any("Redis is away" in reason for reason in client.health()[1].reasons)
 
-            wait_until(says_so, within_s=20, what="the reason is told")
+            wait_until(says_so, within_s=60, what="the reason is told")
             state = client.health()[1]
             assert (state.serving, state.ready, state.live) == (True, True, True)
             assert client.search(SPEC.name, id="000001", k=1).hits[0].id == "000001"
@@ -314,16 +325,25 @@ def test_without_redis_a_replica_is_ready_and_says_so(tmp_path: Path) -> None:
         redis.stop()
 
 
+@pytest.fixture
+def addresses() -> Iterator[list[str]]:
+    """Of two processes: each its own, and its operator's."""
+    with held_addresses(4) as held:
+        yield held
+
+
 @pytest.mark.slow
-def test_replicas_are_restarted_one_after_the_other_and_no_call_fails(tmp_path: Path) -> None:
+def test_replicas_are_restarted_one_after_the_other_and_no_call_fails(
+    tmp_path: Path, addresses: list[str]
+) -> None:
     redis = RedisServer(server_binaries()[0]).start()
     processes: list[Search] = []
     admins: list[str] = []
     try:
         common = ("--redis-url", redis.url, "--max-connection-age-s", "2", "--grace-s", "5")
-        for name in "ab":
+        for i, name in enumerate("ab"):
             # The address has to be the same after the restart.
-            address, admin = free_address(), free_address()
+            address, admin = addresses[2 * i : 2 * i + 2]
             one = Search(tmp_path / name, "--listen", address, "--admin-listen", admin, *common)
             admins.append(admin)
             processes.append(one.start())
@@ -358,7 +378,7 @@ def test_replicas_are_restarted_one_after_the_other_and_no_call_fails(tmp_path: 
                     one.start()
                     wait_until(
                         lambda admin=admin: _answered(admin) > 10,
-                        within_s=10,
+                        within_s=60,
                         what="the new process gets traffic",
                     )
                 stop.set()

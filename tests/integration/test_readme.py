@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -18,6 +17,7 @@ import pytest
 from PIL import Image
 
 from hashlens import Client
+from tests.support.ports import held_port
 from tests.support.services import START_S, STOP_S, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -54,22 +54,18 @@ def pictures(images: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="module")
-def env() -> dict[str, str]:
+def env() -> Iterator[dict[str, str]]:
     """The environment that moves both services to free ports."""
-    targets = []
-    for _ in range(2):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            targets.append(f"127.0.0.1:{probe.getsockname()[1]}")
-    encoder, search = targets
-    return {
-        **os.environ,
-        "PATH": f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}",
-        "HASHLENS_ENCODER": encoder,
-        "HASHLENS_ENCODER_LISTEN": encoder,
-        "HASHLENS_SEARCH": search,
-        "HASHLENS_SEARCH_LISTEN": search,
-    }
+    with held_port() as first, held_port() as second:
+        encoder, search = (f"127.0.0.1:{port}" for port in (first, second))
+        yield {
+            **os.environ,
+            "PATH": f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}",
+            "HASHLENS_ENCODER": encoder,
+            "HASHLENS_ENCODER_LISTEN": encoder,
+            "HASHLENS_SEARCH": search,
+            "HASHLENS_SEARCH_LISTEN": search,
+        }
 
 
 @pytest.fixture(scope="module")

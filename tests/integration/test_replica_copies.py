@@ -24,6 +24,7 @@ from hashlens.v1 import replica_service_pb2 as rpb
 from search_service.replication import servicer
 from search_service.replication.client import GrpcPeers
 from search_service.storage import Collection, Store, StoreConfig, failpoints
+from search_service.storage.leases import Lease
 from tests.support.redis_server import RedisServer, server_binaries
 from tests.support.replicas import MAX_MESSAGE_BYTES, replica
 from tests.support.stores import (
@@ -114,9 +115,12 @@ def test_a_newcomer_copies_and_then_follows(config_for: ConfigFor) -> None:
             assert_holds(b.get("c"), model)
             assert copied.info().n_missing_features == 0
             assert (b.counters.n_copied, b.counters.n_rebuilt) == (1, 0)
-            infos = {info.id: info for info in a.replicas("c")}
-            assert len(infos) == 2
-            assert all(info.live and info.address for info in infos.values())
+            assert len({info.id for info in a.replicas("c")}) == 2
+            wait_until(
+                lambda: all(info.live and info.address for info in a.replicas("c")),
+                "both have said where they are",
+                WITHIN_S,
+            )
             assert copied.checkpoint() == model.version
             directory = config_for("b").data_dir / "collections"
             assert on_disk(directory / "c") == (model.version, model.items)
@@ -193,25 +197,57 @@ def test_a_peer_that_was_silent_is_waited_for(config_for: ConfigFor) -> None:
 def test_a_source_with_a_flipped_byte_is_not_believed(config_for: ConfigFor) -> None:
     model = Model()
     config = config_for("b", resync_patience_s=3600.0)
-    with replica(config_for("a")) as a:
+    # It would find the byte itself, when it reads all its files after a second.
+    with replica(config_for("a", scrub_mb_per_s=0.0)) as a:
         fill(a.create(SPEC), model, 300, seed=1)
         trimmed(a, model)
         files = config_for("a").data_dir / "collections" / "c"
         for name in ("features-0.s00001.f16", "ids-0.bin"):
             with flipped(files / name, 11), replica(config) as b:
+                # Between two attempts; meanwhile it says that it is being copied.
                 wait_until(
                     lambda b=b, name=name: f"{name} did not match" in b.get("c").info().detail,
                     "the difference is found",
                     WITHIN_S,
                 )
                 assert b.get("c").snapshot().rows == 0
-                with pytest.raises(UnavailableError, match="did not match"):
-                    fill(b.get("c"), Model(), 1, seed=9)
+                wait_until(
+                    lambda b=b: "did not match" in refusal(b.get("c")), "a write is told", WITHIN_S
+                )
             if name != "ids-0.bin":
                 shutil.rmtree(config.data_dir)
         # Mended, it is copied: what had come whole has stayed.
         with replica(config) as b:
             assert_follows(b, model)
+
+
+def refusal(collection: Collection) -> str:
+    """What a write is told."""
+    with pytest.raises(UnavailableError) as caught:
+        fill(collection, Model(), 1, seed=9)
+    return caught.value.message
+
+
+class Gate:
+    """Lets so many bytes of copies pass, and then none until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, n_bytes: int) -> None:
+        self._left = n_bytes
+        self._lock = threading.Lock()
+        self._opened = threading.Event()
+        self._part = servicer._part
+        monkeypatch.setattr(servicer, "_part", self._pass)
+
+    def open(self) -> None:
+        self._opened.set()
+
+    def _pass(self, lease: Lease, name: str, offset: int) -> rpb.ReadFileResponse:
+        reply = self._part(lease, name, offset)
+        with self._lock:
+            self._left -= len(reply.data)
+            held = self._left < 0
+        assert not held or self._opened.wait(2 * WITHIN_S)
+        return reply
 
 
 @contextlib.contextmanager
@@ -256,8 +292,9 @@ def test_only_so_many_copies_at_a_time_and_no_other_files(
     monkeypatch.setattr("search_service.storage.leases.PART_BYTES", 512)
     model = Model()
     peers = GrpcPeers(MAX_MESSAGE_BYTES, ChannelSecurity())
-    # Slowly, so that the first is still at it when the second comes.
-    with replica(config_for("a"), max_copies=1, bytes_per_s=2000.0) as a, contextlib.closing(peers):
+    # One part, so that the first is still at it when the second comes.
+    gate = Gate(monkeypatch, 512)
+    with replica(config_for("a"), max_copies=1) as a, contextlib.closing(peers):
         collection = a.create(SPEC)
         fill(collection, model, 300, seed=1)
         collection.wait_for(model.version, DEADLINE_S)
@@ -273,6 +310,7 @@ def test_only_so_many_copies_at_a_time_and_no_other_files(
         with pytest.raises(OverloadedError) as refused:
             next(peers.read_file(address, listing.lease, name, 0))
         assert refused.value.retry_after_s > 0
+        gate.open()
         reading.close()
         wait_until(lambda: readable(peers, address, listing.lease, name), "the place is free")
         for bad in ("../MANIFEST.json", "MANIFEST.json", "/etc/passwd", "", "ids-0.bin\0"):
@@ -302,20 +340,23 @@ def readable(peers: GrpcPeers, address: str, lease: str, name: str) -> bool:
 
 def test_leases_end_by_themselves_and_outlive_the_files(config_for: ConfigFor) -> None:
     model = Model()
-    config = config_for("a", lease_s=1.0)
+    config = config_for("a")
     peers = GrpcPeers(MAX_MESSAGE_BYTES, ChannelSecurity())
     with replica(config) as a, contextlib.closing(peers):
         collection = a.create(SPEC)
         fill(collection, model, 100, seed=1)
+        collection.wait_for(model.version, DEADLINE_S)
         wait_until(lambda: a.replicas("c")[0].address != "", "the replica says where it is")
         address = a.replicas("c")[0].address
         listing = peers.list_files(address, "c", collection.epoch, model.version)
         path = config.data_dir / "collections" / "c" / "rows-0.rec"
         whole = path.read_bytes()
-        path.unlink()  # As a compaction would.
+        a.compact("c", deadline_s=WITHIN_S)
+        assert not path.exists()
         found = b"".join(peers.read_file(address, listing.lease, "rows-0.rec", 0))
         assert found == whole[: len(found)]
         assert found
+        a.lease(listing.lease).used_s -= config.lease_s  # Nobody has read since.
         wait_until(
             lambda: not list((config.data_dir / "collections").glob(".lease-*")),
             "the lease has ended",
@@ -337,12 +378,14 @@ def test_a_copy_goes_on_where_it_stopped(
             return sum(path.stat().st_size for path in draft.iterdir()) > 20_000
         return False
 
-    with replica(config_for("a"), bytes_per_s=100_000.0) as a:
+    gate = Gate(monkeypatch, 30_000)
+    with replica(config_for("a")) as a:
         fill(a.create(SPEC), model, 300, seed=1)
         trimmed(a, model)
         with replica(config) as b:
             wait_until(half_way, "half is copied", WITHIN_S)
             assert b.get("c").snapshot().rows == 0
+        gate.open()
     before = {path.name: path.stat().st_size for path in draft.iterdir()}
     asked: dict[str, int] = {}
     read_file = GrpcPeers.read_file
@@ -371,7 +414,8 @@ def test_a_source_may_compact_meanwhile(
     model = Model()
     config = config_for("b", resync_patience_s=3600.0)
     draft = config.data_dir / "collections" / ".copy-c"
-    with replica(config_for("a"), bytes_per_s=60_000.0) as a:
+    gate = Gate(monkeypatch, 10_000)
+    with replica(config_for("a")) as a:
         fill(a.create(SPEC), model, 300, seed=1)
         collection = trimmed(a, model)
         with replica(config) as b:
@@ -382,6 +426,7 @@ def test_a_source_may_compact_meanwhile(
             assert receipt.n_rows_erased > 0
             assert not any(file.gone for file in receipt.files)
             assert not (collection.local.directory / "rows-0.rec").exists()
+            gate.open()
             fill(collection, model, 30, seed=2, prefix="later")
             assert_follows(b, model)
             assert b.get("c").checkpoint() == model.version
@@ -465,7 +510,7 @@ def test_a_replica_with_writes_that_redis_lost_waits_for_an_operator(
 
 
 def test_a_peer_that_is_away_is_an_error_with_a_bound() -> None:
-    peers = GrpcPeers(MAX_MESSAGE_BYTES, ChannelSecurity(), list_s=2.0, read_s=2.0)
+    peers = GrpcPeers(MAX_MESSAGE_BYTES, ChannelSecurity(), list_s=20.0, read_s=20.0)
     with contextlib.closing(peers):
         with pytest.raises(UnavailableError):
             peers.list_files("127.0.0.1:1", "c", "e", 0)

@@ -26,7 +26,7 @@ from hashlens.types import Encoded, Hit, SearchResult
 from search_service.engine import Engine
 from search_service.snapshot import Snapshot
 from tests.integration.conftest import SearchProcess
-from tests.support.services import ServiceProcess
+from tests.support.services import ServiceProcess, wait_until
 
 N = 200
 """How many pictures the shared collection holds; the rest of `images` are queries."""
@@ -401,10 +401,15 @@ def test_a_codes_only_collection_takes_and_finds_images(
 
 
 def test_collections_are_listed_and_created_once(client: Client, photos: tuple[str, int]) -> None:
+    # It is asked for beside the start.
+    wait_until(
+        lambda: client.collection(photos[0]).durability == "always",
+        within_s=30,
+        what="the level is known",
+    )
     before = client.collection(photos[0])
     again = client.create_collection(photos[0], expected_rows=1000)
     assert (again.epoch, again.n_items) == (before.epoch, N)
-    assert before.durability == "always"
     assert before.writable
     names = [info.spec.name for info in client.collections()]
     assert photos[0] in names

@@ -63,11 +63,11 @@ def test_answers_stay_exact_while_items_come_and_go(sketching: SearchProcess) ->
         client.create_collection("sketched", spec=spec)
         write(client, [str(i) for i in range(400)])
         check(client)
-        wait_until(lambda: made(400), within_s=20, what="a sketch of what is there")
+        wait_until(lambda: made(400), within_s=60, what="a sketch of what is there")
         check(client)
         client.delete("sketched", ["17"])
         del stored["17"]
         write(client, [str(i) for i in range(390, 500)])  # ten of them again
         check(client)  # with a sketch of the first rows only
-        wait_until(lambda: made(510), within_s=20, what="a sketch of all rows")
+        wait_until(lambda: made(510), within_s=60, what="a sketch of all rows")
         check(client)

@@ -110,8 +110,13 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
                 data_dir=folder / "data",
             )
             found.as_admin(found.search.CreateCollection, spb.CreateCollectionRequest(spec=SPEC))
-            found.as_admin(
+            written = found.as_admin(
                 found.search.Upsert, spb.UpsertRequest(collection="table", items=[item("a")])
+            )
+            # From here on, whoever asks finds it.
+            found.as_admin(
+                found.search.GetCollection,
+                spb.GetCollectionRequest(name="table", min_version=written.version),
             )
             yield found
     finally:
@@ -191,16 +196,17 @@ def encoder_overloaded(both: Both) -> None:
 
 def search_overloaded(both: Both) -> None:
     """The one place is taken by a search that waits for a version to come."""
-    waiting = both.search.Search.future(
-        by_id("a", min_version=2**40), timeout=CALL_S, metadata=bearer(ADMIN)
-    )
-    try:
-        ends_s = time.monotonic() + CALL_S
-        while time.monotonic() < ends_s:
-            both.as_admin(both.search.Search, by_id("a"))
-            time.sleep(0.02)
-    finally:
-        waiting.cancel()
+    ends_s = time.monotonic() + CALL_S
+    while time.monotonic() < ends_s:
+        waiting = both.search.Search.future(
+            by_id("a", min_version=2**40), timeout=CALL_S, metadata=bearer(ADMIN)
+        )
+        try:
+            while not waiting.done():  # One that comes while ours is there is refused itself.
+                both.as_admin(both.search.Search, by_id("a"))
+                time.sleep(0.02)
+        finally:
+            waiting.cancel()
 
 
 def used_up(both: Both) -> None:
@@ -225,9 +231,16 @@ def unavailable(both: Both) -> None:
     both.redis.pause()
     try:
         request = spb.UpsertRequest(collection="table", items=[item("late")])
-        both.as_admin(both.search.Upsert, request, timeout=3)
+        for _ in range(5):
+            try:
+                both.as_admin(both.search.Upsert, request, timeout=3)
+            except grpc.RpcError as error:
+                # A machine that stands still has the answer come too late: asked again.
+                if error.code() is not Code.DEADLINE_EXCEEDED:
+                    raise
     finally:
         both.redis.resume()
+        wait_until(lambda: _is_writable(both), within_s=30, what="Redis takes writes again")
 
 
 def encoder_late(both: Both) -> None:
@@ -389,7 +402,7 @@ def test_a_row_of_the_table(both: Both, name: str) -> None:
         assert type(error) is row.error
         assert len(error.message) > 15
     # Whatever it was, the next call is answered.
-    wait_until(lambda: _answers(both), within_s=20, what="the services answer")
+    wait_until(lambda: _answers(both), within_s=60, what="the services answer")
 
 
 def _answers(both: Both) -> bool:

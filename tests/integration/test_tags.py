@@ -285,6 +285,8 @@ def stored(encoder: ServiceProcess, search: SearchProcess) -> dict[str, Item]:
     with Client(search.target, encoder.target) as client:
         client.create_collection("tags", spec=spec)
         client.upsert("tags", list(items.values())).raise_for_failures()
+        # This client reads its own writes; from here on, so does every other.
+        client.collection("tags")
     return items
 
 

@@ -39,6 +39,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SearchProcess]
             client.create_collection(NAME, spec=SPEC)
             client.upsert(NAME, items)
             client.delete(NAME, ["i0", "i1"])
+            client.collection(NAME)  # They are in the files, whoever asks.
         yield process
 
 

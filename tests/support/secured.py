@@ -67,23 +67,35 @@ class _Encoder(enc_grpc.EncoderServiceServicer):
         return enc.GetModelResponse()
 
 
+N_PARTS = 40
+"""Parts of a StreamBall."""
+
+
 class _Search(spb_grpc.SearchServiceServicer):
+    def __init__(self, go_on: asyncio.Event) -> None:
+        self._go_on = go_on
+
     async def StreamBall(  # noqa: N802
         self, request: Any, context: Any
     ) -> AsyncIterator[spb.StreamBallResponse]:
-        for _ in range(40):
-            await asyncio.sleep(0.05)
+        yield spb.StreamBallResponse()
+        await self._go_on.wait()
+        for _ in range(N_PARTS - 1):
             yield spb.StreamBallResponse()
 
 
 class SecuredServer:
-    """Runs in a thread. `GetModel` and `StreamBall` answer, the rest is UNIMPLEMENTED."""
+    """Runs in a thread. `GetModel` and `StreamBall` answer, the rest is UNIMPLEMENTED.
+
+    A `StreamBall` ends after `go_on`: until then there is its first part only.
+    """
 
     def __init__(self, **options: Any) -> None:
         self.config = ServerConfig(**options)
         self.entries = Entries()
         self.address = ""
         self._loop = asyncio.new_event_loop()
+        self._go_on = asyncio.Event()
         self._stop = asyncio.Event()
         self._ready = threading.Event()
         self._problem: BaseException | None = None
@@ -97,6 +109,10 @@ class SecuredServer:
     @property
     def port(self) -> int:
         return int(self.address.rpartition(":")[2])
+
+    def go_on(self) -> None:
+        """Let every StreamBall, begun or not, come to its end."""
+        self._loop.call_soon_threadsafe(self._go_on.set)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -127,7 +143,7 @@ class SecuredServer:
             options=[("grpc.max_receive_message_length", self.config.max_message_bytes)],
         )
         enc_grpc.add_EncoderServiceServicer_to_server(_Encoder(), server)  # type: ignore[no-untyped-call]
-        spb_grpc.add_SearchServiceServicer_to_server(_Search(), server)  # type: ignore[no-untyped-call]
+        spb_grpc.add_SearchServiceServicer_to_server(_Search(self._go_on), server)  # type: ignore[no-untyped-call]
         rpb_grpc.add_ReplicaServiceServicer_to_server(rpb_grpc.ReplicaServiceServicer(), server)  # type: ignore[no-untyped-call]
         checks = health.HealthServicer([])
         health.add_to(server, checks)
