@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, TypeVar
 
-from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.metrics_core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -20,10 +18,6 @@ from prometheus_client.metrics_core import (
     Metric,
     SummaryMetricFamily,
 )
-from prometheus_client.registry import Collector
-
-Source = Callable[[], Iterable[Metric]]
-"""Returns what there is to say at this moment; called from a thread of its own."""
 
 __all__ = [
     "Counter",
@@ -32,9 +26,7 @@ __all__ = [
     "GaugeMetricFamily",
     "Histogram",
     "Metric",
-    "Source",
     "SummaryMetricFamily",
-    "exposed",
 ]
 
 SECONDS = (
@@ -204,49 +196,3 @@ def info(name: str, text: str, labels: dict[str, str]) -> Metric:
     family = GaugeMetricFamily(name, text, labels=list(labels))
     family.add_metric(list(labels.values()), 1)
     return family
-
-
-class _Read(Collector):
-    def __init__(self, source: Source) -> None:
-        self._source = source
-
-    def collect(self) -> Iterable[Metric]:
-        return self._source()
-
-    def describe(self) -> Iterable[Metric]:
-        # Not at registration, when there may be nothing to say yet.
-        return []
-
-
-@contextmanager
-def exposed(address: str, source: Source) -> Iterator[str]:
-    """Serve ``/metrics`` over HTTP while the block runs; yield where.
-
-    Parameters
-    ----------
-    address
-        ``host:port``; port 0 takes a free one.
-    source
-        Read at each request.
-
-    Raises
-    ------
-    OSError
-        The address cannot be had.
-    """
-    host, _, port = address.rpartition(":")
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Read(source))
-    try:
-        server, thread = start_http_server(int(port), host.strip("[]"), registry)
-    except OSError as error:
-        raise OSError(
-            f"cannot serve metrics on {address}: it is in use, or no address of this machine "
-            f"({error})"
-        ) from None
-    try:
-        yield f"{host}:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -22,7 +22,8 @@ from hashlens.rpc.auth import access
 from hashlens.rpc.health import HealthServicer, ServiceState
 from hashlens.rpc.intake import Intake
 from hashlens.rpc.interceptors import ErrorInterceptor, GateInterceptor
-from hashlens.rpc.metrics import Metric, exposed
+from hashlens.rpc.metrics import Metric
+from hashlens.rpc.metrics_http import exposed
 from hashlens.rpc.ports import bind
 from hashlens.rpc.reflection import reflect
 from hashlens.rpc.server_config import ServerConfig

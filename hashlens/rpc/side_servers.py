@@ -17,6 +17,10 @@ from hashlens.rpc.server_config import ServerConfig
 logger = logging.getLogger(__name__)
 
 
+_IDLE_MS = 60_000
+"""A connection without a call is closed then: it has a place that a probe may need."""
+
+
 @asynccontextmanager
 async def side_servers(config: ServerConfig, servicer: HealthServicer) -> AsyncIterator[None]:
     """Run those that the configuration asks for while the block runs; then end them at once.
@@ -38,6 +42,9 @@ async def side_servers(config: ServerConfig, servicer: HealthServicer) -> AsyncI
                     ("grpc.so_reuseport", 0),
                     ("grpc.max_receive_message_length", 1 << 16),
                     ("grpc.max_concurrent_streams", 100),
+                    ("grpc.max_allowed_incoming_connections", config.max_connections),
+                    ("grpc.server_handshake_timeout_ms", int(config.handshake_s * 1000)),
+                    ("grpc.max_connection_idle_ms", _IDLE_MS),
                 ],
             )
             health.add_to(server, servicer)

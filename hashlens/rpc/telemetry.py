@@ -18,7 +18,8 @@ from grpc_health.v1 import health
 
 from hashlens.rpc import call, logs, trace
 from hashlens.rpc.call import Call
-from hashlens.rpc.metrics import Counter, Distribution, Gauge, Histogram, Metric, Number, Source
+from hashlens.rpc.metrics import Counter, Distribution, Gauge, Histogram, Metric, Number
+from hashlens.rpc.metrics_http import Source
 from hashlens.rpc.process import Process
 from hashlens.rpc.refusal import Handler
 from hashlens.rpc.server_config import ServerConfig

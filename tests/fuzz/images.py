@@ -29,6 +29,7 @@ import grpc
 from encoder_service.decode import DecodeLimits, decode
 from encoder_service.preprocess import Preprocessing
 from hashlens import Client
+from hashlens.client import ClientConfig
 from hashlens.errors import HashlensError, OverloadedError
 from hashlens.v1 import encoder_service_pb2 as enc
 from hashlens.v1 import encoder_service_pb2_grpc as enc_grpc
@@ -249,10 +250,10 @@ def _sent(
         return error.code(), str(error.details())
 
 
-def healthy_encoder(target: str) -> Iterator[None]:
+def healthy_encoder(target: str, config: ClientConfig | None = None) -> Iterator[None]:
     """At each turn, have a whole picture encoded, and compare its code with the first."""
     picture = corpus()["png"]
-    with Client(target, target) as client:
+    with Client(target, target, config=config) as client:
         first = client.encode(picture).embedding.code
         while True:
             yield

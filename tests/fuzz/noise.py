@@ -43,13 +43,14 @@ _INITIAL_WINDOW: Final = 4
 """Identifier of SETTINGS_INITIAL_WINDOW_SIZE."""
 
 
-def _times(n: int, scale: float) -> range:
+def times(n: int, scale: float) -> range:
+    """Return as much of n as is asked for, at least one."""
     return range(max(1, round(n * scale)))
 
 
 def random_bytes(target: str, path: str, rng: random.Random, scale: float) -> None:
     """Send bytes without any sense, as the first or after a preface."""
-    for i in _times(200, scale):
+    for i in times(200, scale):
         with Connection(target, None if i % 2 else ()) as connection:
             connection.send(rng.randbytes(rng.choice((1, 24, 500, 20_000))))
             if i % 5 == 0:
@@ -58,7 +59,7 @@ def random_bytes(target: str, path: str, rng: random.Random, scale: float) -> No
 
 def garbage_frames(target: str, path: str, rng: random.Random, scale: float) -> None:
     """Send frames whose kind, flags, stream and content are decided by chance."""
-    for _ in _times(200, scale):
+    for _ in times(200, scale):
         with Connection(target) as connection:
             if rng.random() < 0.5:
                 connection.send(frame(HEADERS, END_HEADERS, 1, call_headers(path)))
@@ -91,7 +92,7 @@ def broken_headers(target: str, path: str, rng: random.Random, scale: float) -> 
         b"\x80",
         b"\xff\xff\xff\xff\xff\xff\xff\xff\xff",
     ]
-    for i in _times(200, scale):
+    for i in times(200, scale):
         block = bytearray(wrong[i % len(wrong)] if i < len(wrong) else whole)
         if i >= len(wrong):
             for _ in range(rng.choice((1, 3))):
@@ -119,7 +120,7 @@ def http1(target: str, path: str, rng: random.Random, scale: float) -> None:
 def half_open(target: str, path: str, rng: random.Random, scale: float) -> None:
     """Hold many connections that say nothing, half a preface, or nothing behind it."""
     with ExitStack() as stack:
-        for i in _times(500, scale):
+        for i in times(500, scale):
             connection = stack.enter_context(Connection(target, () if i % 3 == 0 else None))
             if i % 3 == 1:
                 connection.send(PREFACE[:10])
@@ -129,13 +130,13 @@ def half_open(target: str, path: str, rng: random.Random, scale: float) -> None:
 def slow_requests(target: str, path: str, rng: random.Random, scale: float) -> None:
     """Send headers, or a message, byte by byte, and never the last."""
     with ExitStack() as stack:
-        connections = [stack.enter_context(Connection(target)) for _ in _times(100, scale)]
+        connections = [stack.enter_context(Connection(target)) for _ in times(100, scale)]
         whole = frame(HEADERS, END_HEADERS, 1, call_headers(path))
         for i, connection in enumerate(connections):
             connection.send(whole if i % 2 else frame(HEADERS, 0, 1, call_headers(path)))
             if i % 2:
                 connection.send(frame(DATA, 0, 1, message(b"", length=1_000_000)))
-        for _ in _times(40, scale):
+        for _ in times(40, scale):
             for i, connection in enumerate(connections):
                 connection.send(
                     frame(DATA, 0, 1, b"x") if i % 2 else frame(CONTINUATION, 0, 1, b"")
@@ -146,7 +147,7 @@ def slow_requests(target: str, path: str, rng: random.Random, scale: float) -> N
 def lying_lengths(target: str, path: str, rng: random.Random, scale: float) -> None:
     """Announce messages that are larger than may be, or than what comes."""
     for length in (2**32 - 1, 2**31, 65 * 2**20, 10):
-        for _ in _times(20, scale):
+        for _ in times(20, scale):
             with Connection(target) as connection:
                 connection.send(frame(HEADERS, END_HEADERS, 1, call_headers(path)))
                 connection.send(data_frames(1, message(b"x" * 5, length=length)))
@@ -155,7 +156,7 @@ def lying_lengths(target: str, path: str, rng: random.Random, scale: float) -> N
 
 def oversize_messages(target: str, path: str, rng: random.Random, scale: float) -> None:
     """Send what is announced, more than may be, as long as the server takes it."""
-    for _ in _times(4, scale):
+    for _ in times(4, scale):
         with Connection(target) as connection:
             connection.send(frame(HEADERS, END_HEADERS, 1, call_headers(path)))
             connection.send(frame(DATA, 0, 1, message(b"", length=100 * 2**20)))
@@ -183,7 +184,7 @@ def gzip_bombs(target: str, path: str, rng: random.Random, scale: float) -> None
 def huge_metadata(target: str, path: str, rng: random.Random, scale: float) -> None:
     """Send megabytes of headers, in one block or many."""
     for size in (20_000, 1_000_000, 10_000_000):
-        for _ in _times(5, scale):
+        for _ in times(5, scale):
             with Connection(target) as connection:
                 block = call_headers(path, (b"x-large", b"v" * size))
                 parts = [block[i : i + 16_384] for i in range(0, len(block), 16_384)]
@@ -200,14 +201,14 @@ def continuation_flood(target: str, path: str, rng: random.Random, scale: float)
     with Connection(target) as connection:
         connection.send(frame(HEADERS, 0, 1, call_headers(path)))
         part = b"".join(literal(b"x-%d" % i, b"v" * 100) for i in range(100))
-        for _ in _times(3_000, scale):
+        for _ in times(3_000, scale):
             if not connection.send(frame(CONTINUATION, 0, 1, part)):
                 break
 
 
 def header_table_bomb(target: str, path: str, rng: random.Random, scale: float) -> None:
     """Name one large header of the receiver's table again and again, a byte each time."""
-    for _ in _times(10, scale):
+    for _ in times(10, scale):
         with Connection(target) as connection:
             large = literal(b"x-large", b"v" * 3_900, indexed=True)
             connection.send(frame(HEADERS, END_HEADERS, 1, call_headers(path) + large))
@@ -226,7 +227,7 @@ def rapid_reset(target: str, path: str, rng: random.Random, scale: float) -> Non
             headers = call_headers(path)
             body = message(b"")
             cancel = struct.pack(">I", 8)
-            for i in _times(5_000, scale):
+            for i in times(5_000, scale):
                 stream = 2 * i + 1
                 sent = connection.send(
                     frame(HEADERS, END_HEADERS, stream, headers)
@@ -241,7 +242,7 @@ def many_streams(target: str, path: str, rng: random.Random, scale: float) -> No
     """Begin thousands of calls on one connection and leave them open."""
     with Connection(target) as connection:
         headers = call_headers(path)
-        for i in _times(3_000, scale):
+        for i in times(3_000, scale):
             if not connection.send(frame(HEADERS, END_HEADERS, 2 * i + 1, headers)):
                 break
         connection.read(1.0)
@@ -263,7 +264,7 @@ def frame_floods(target: str, path: str, rng: random.Random, scale: float) -> No
         with Connection(target, small=True) as connection:
             connection.send(frame(HEADERS, END_HEADERS, 1, call_headers(path)))
             connection.socket.settimeout(1)
-            for _ in _times(200, scale):
+            for _ in times(200, scale):
                 # Nothing is read: the answers have to wait somewhere, or not be made.
                 if not connection.send(flood * 100):
                     break
@@ -281,7 +282,7 @@ def wrong_kinds(target: str, path: str, rng: random.Random, scale: float) -> Non
         call_headers(path, content_type=b"application/grpc+json"),
     ]
     for block in blocks:
-        for _ in _times(10, scale):
+        for _ in times(10, scale):
             with Connection(target) as connection:
                 connection.send(frame(HEADERS, END_HEADERS, 1, block))
                 connection.send(data_frames(1, message(b"{}")))
@@ -291,7 +292,7 @@ def wrong_kinds(target: str, path: str, rng: random.Random, scale: float) -> Non
 def never_read(target: str, path: str, rng: random.Random, scale: float) -> None:
     """Make calls whose replies are never taken: no window is open for them."""
     with ExitStack() as stack:
-        for _ in _times(50, scale):
+        for _ in times(50, scale):
             connection = stack.enter_context(
                 Connection(target, ((_INITIAL_WINDOW, 0),), small=True)
             )

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 import grpc
 import pytest
 
+from hashlens.rpc.metrics_http import MOST_CONNECTIONS
 from hashlens.v1 import encoder_service_pb2 as enc
 from tests.fuzz.http2 import (
     END_HEADERS,
@@ -22,6 +23,7 @@ from tests.fuzz.http2 import (
 )
 from tests.fuzz.messages import methods, requests
 from tests.fuzz.noise import ATTACKS, Attack
+from tests.fuzz.side_noise import HTTP_ATTACKS, TLS_ATTACKS
 from tests.fuzz.usage import settled_descriptors, usage
 from tests.fuzz.wire import (
     ENCODER,
@@ -32,6 +34,7 @@ from tests.fuzz.wire import (
     endure,
     endure_requests,
     start,
+    start_secured,
     tracebacks,
 )
 
@@ -48,9 +51,11 @@ def victims(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Vict
         *("--max-connections", str(MAX_CONNECTIONS)),
     )
     with ExitStack() as stack:
-        encoder, search = start(stack, tmp_path_factory.mktemp("wire"), *options)
-        yield {"encoder": encoder, "search": search}
-        for victim in (encoder, search):
+        folder = tmp_path_factory.mktemp("wire")
+        encoder, search = start(stack, folder, *options)
+        secured = start_secured(stack, folder, *options)
+        yield {"encoder": encoder, "search": search, "secured": secured}
+        for victim in (encoder, search, secured):
             assert not tracebacks(victim)
 
 
@@ -62,6 +67,35 @@ def victim(request: pytest.FixtureRequest, victims: dict[str, Victim]) -> Victim
 @pytest.mark.parametrize("attack", [*ATTACKS, *OWN_ATTACKS], ids=lambda attack: attack.__name__)
 def test_a_service_endures(victim: Victim, attack: Attack) -> None:
     endure(victim, attack, SEED, SCALE)
+
+
+@pytest.mark.parametrize("attack", TLS_ATTACKS, ids=lambda attack: attack.__name__)
+def test_a_port_with_tls_endures(victims: dict[str, Victim], attack: Attack) -> None:
+    endure(victims["secured"], attack, SEED, SCALE)
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
+def test_the_port_for_health_endures(victims: dict[str, Victim], attack: Attack) -> None:
+    health, _ = victims["search"].beside
+    endure(victims["search"], attack, SEED, SCALE, health)
+
+
+@pytest.mark.parametrize("attack", HTTP_ATTACKS, ids=lambda attack: attack.__name__)
+def test_the_port_for_metrics_endures(victims: dict[str, Victim], attack: Attack) -> None:
+    _, metrics = victims["search"].beside
+    endure(victims["search"], attack, SEED, SCALE, metrics)
+
+
+def test_connections_for_metrics_are_counted_and_end(victims: dict[str, Victim]) -> None:
+    """Each may take a thread; those who say nothing are closed, and Prometheus gets its turn."""
+    victim = victims["search"]
+    _, metrics = victim.beside
+    before = usage(victim.pid)
+    with ExitStack() as stack:
+        for _ in range(10 * MOST_CONNECTIONS):
+            stack.enter_context(Connection(metrics.target, None))
+        assert usage(victim.pid).n_threads <= before.n_threads + MOST_CONNECTIONS + 4
+        metrics.healthy()  # While all of them are still there.
 
 
 def test_every_method_answers_or_refuses(victim: Victim) -> None:

@@ -8,24 +8,32 @@ healthy caller gets the right answers; and no call was INTERNAL or UNKNOWN.
 from __future__ import annotations
 
 import random
+import re
 import sys
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import click
 import grpc
 import numpy as np
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from hashlens import Client, CollectionSpec, Embedding, FeatureDtype, Item
+from hashlens.client import ClientConfig
+from hashlens.rpc.metrics_http import LONGEST_S
 from tests.fuzz.images import healthy_encoder, patiently
 from tests.fuzz.messages import Method, methods, requests
 from tests.fuzz.noise import ATTACKS, Attack
+from tests.fuzz.side_noise import HTTP_ATTACKS, TLS_ATTACKS
 from tests.fuzz.usage import Peak, Repeated, settled_descriptors, usage
+from tests.support.certificates import Authority
 from tests.support.services import ServiceProcess
 
 ENCODER = "hashlens.v1.EncoderService"
@@ -39,6 +47,8 @@ _GROWTH_MB = 400.0
 
 _SLACK_DESCRIPTORS = 8
 """Connections of the healthy caller, and files that a service opens by itself."""
+
+_BESIDE = ("--health-listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0")
 
 _CALL_S = 1.0
 
@@ -54,16 +64,50 @@ class Victim:
     healthy: Callable[[], None]
     """Makes a call and compares its answer; raises if that is wrong."""
     log: Path
+    attacks: tuple[Attack, ...]
+    """What its main port has to endure."""
 
     @property
     def pid(self) -> int:
         """Its process."""
         return self.process.process.pid
 
+    @property
+    def main(self) -> Side:
+        """The port that is for everybody."""
+        return Side("main", self.process.target, self.attacked, self.attacks, self.healthy)
+
+    @property
+    def beside(self) -> list[Side]:
+        """The ports for health and metrics."""
+        said = self.log.read_text(errors="replace")
+        (health, *_) = re.findall(r"health on ([0-9.]+:\d+)", said)
+        (metrics, *_) = re.findall(r"metrics on http://([0-9.]+:\d+)/", said)
+        return [
+            Side(
+                "health", health, "/grpc.health.v1.Health/Check", ATTACKS, lambda: _serves(health)
+            ),
+            Side("metrics", metrics, "/metrics", HTTP_ATTACKS, lambda: _tells(metrics)),
+        ]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One port of a service."""
+
+    name: str
+    target: str
+    attacked: str
+    """Path of what raw bytes go to."""
+    attacks: tuple[Attack, ...]
+    healthy: Callable[[], None]
+    """Asks it, and raises if the answer is wrong."""
+
 
 def start(stack: ExitStack, folder: Path, *arguments: str) -> tuple[Victim, Victim]:
     """Start an encoder and a search service with a collection, and a healthy caller of each."""
     logs = folder / "encoder.log", folder / "search.log"
+    arguments += _BESIDE
     encoder = stack.enter_context(ServiceProcess("encoder_service", *arguments, log=logs[0]))
     data = stack.enter_context(TemporaryDirectory(prefix="hashlens-fuzz-"))
     options = ("--data-dir", data, "--encoder", encoder.target, *arguments)
@@ -71,10 +115,49 @@ def start(stack: ExitStack, folder: Path, *arguments: str) -> tuple[Victim, Vict
     encodes, searches = healthy_encoder(encoder.target), _healthy_search(stack, search.target)
     next(encodes)
     next(searches)
+    encoded, found = f"/{ENCODER}/Encode", f"/{SEARCH}/Search"
+    attacks = (*ATTACKS, *OWN_ATTACKS)
     return (
-        Victim(encoder, (ENCODER,), f"/{ENCODER}/Encode", lambda: next(encodes), logs[0]),
-        Victim(search, (SEARCH, REPLICA), f"/{SEARCH}/Search", lambda: next(searches), logs[1]),
+        Victim(encoder, (ENCODER,), encoded, lambda: next(encodes), logs[0], attacks),
+        Victim(search, (SEARCH, REPLICA), found, lambda: next(searches), logs[1], attacks),
     )
+
+
+def start_secured(stack: ExitStack, folder: Path, *arguments: str) -> Victim:
+    """Start an encoder that speaks TLS, and a healthy caller."""
+    log, authority = folder / "secured.log", Authority(folder)
+    pair = authority.pair("server")
+    tls = ("--tls-cert", str(pair.cert), "--tls-key", str(pair.key))
+    process = ServiceProcess("encoder_service", *arguments, *tls, *_BESIDE, log=log)
+    encoder = stack.enter_context(process)
+    config = ClientConfig(security=authority.security())
+    encodes = healthy_encoder(encoder.target, config)
+    next(encodes)
+    attacked = f"/{ENCODER}/Encode"
+    return Victim(encoder, (ENCODER,), attacked, lambda: next(encodes), log, TLS_ATTACKS)
+
+
+def _serves(target: str) -> None:
+    """Ask a health port; raise if the service does not serve."""
+    with grpc.insecure_channel(target) as channel:
+        reply = health_pb2_grpc.HealthStub(channel).Check(
+            health_pb2.HealthCheckRequest(service="readiness"), timeout=30, wait_for_ready=True
+        )
+    assert reply.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def _tells(target: str) -> None:
+    """Read the metrics, once there is a place; raise if there are none."""
+    ends_s = time.monotonic() + LONGEST_S + 30
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://{target}/metrics", timeout=30) as reply:
+                assert b"hashlens_build_info" in reply.read()
+            return
+        except OSError:
+            if time.monotonic() > ends_s:
+                raise
+            time.sleep(0.2)
 
 
 def _healthy_search(stack: ExitStack, target: str) -> Iterator[None]:
@@ -167,13 +250,14 @@ def balls_never_read(target: str, path: str, rng: random.Random, scale: float) -
 OWN_ATTACKS: tuple[Attack, ...] = (large_metadata, balls_never_read)
 
 
-def endure(victim: Victim, attack: Attack, seed: int, scale: float) -> str:
-    """Make one attack and look after it; return a line about it, or raise AssertionError."""
+def endure(victim: Victim, attack: Attack, seed: int, scale: float, at: Side | None = None) -> str:
+    """Attack a port, the main one unless another is given; tell of it, or raise AssertionError."""
+    at = at or victim.main
     name, before = attack.__name__, usage(victim.pid)
     began_s = time.monotonic()
     with Peak(victim.pid) as peak, Repeated(victim.healthy) as caller:
         rng = random.Random(f"{seed}/{name}")
-        attack(victim.process.target, victim.attacked, rng, scale)
+        attack(at.target, at.attacked, rng, scale)
     took_s = time.monotonic() - began_s
     assert victim.process.process.poll() is None, f"{name} ended the process"
     allowed = before.n_descriptors + _SLACK_DESCRIPTORS
@@ -181,6 +265,7 @@ def endure(victim: Victim, attack: Attack, seed: int, scale: float) -> str:
     assert left <= allowed, f"{name}: {left} descriptors, {before.n_descriptors} before"
     assert peak.grown_mb < _GROWTH_MB, f"{name}: {peak.grown_mb:.0f} MB"
     victim.healthy()
+    at.healthy()
     return (
         f"{name:20} {took_s:5.1f} s, +{peak.grown_mb:4.0f} MB, {left:3} descriptors, "
         f"{caller.n:4} healthy calls, the slowest {caller.longest_s:.2f} s"
@@ -222,18 +307,20 @@ def main(seed: int, n_requests: int, scale: float, rounds: int, folder: Path) ->
         old.unlink()
     failures: list[str] = []
     with ExitStack() as stack:
-        for victim in start(stack, folder):
-            title = victim.process.target
-            print(f"{victim.services[0]} at {title}: {usage(victim.pid)}", flush=True)
-            for turn in range(rounds):
-                for attack in (*ATTACKS, *OWN_ATTACKS):
-                    print("  " + endure(victim, attack, seed + turn, scale), flush=True)
-                print(f"  after round {turn + 1}: {usage(victim.pid)}", flush=True)
-            counts, defects, grown_mb = endure_requests(victim, seed, n_requests)
-            print(f"  requests: {dict(sorted(counts.items()))}, +{grown_mb:.0f} MB", flush=True)
-            failures += defects
-            if told := tracebacks(victim):
-                failures.append(f"{victim.log}: {told}")
+        plain = start(stack, folder)
+        for victim in (*plain, start_secured(stack, folder)):
+            print(f"{victim.log.stem} at {victim.process.target}: {usage(victim.pid)}", flush=True)
+            for turn, at in product(range(rounds), (victim.main, *victim.beside)):
+                for attack in at.attacks:
+                    told = endure(victim, attack, seed + turn, scale, at)
+                    print(f"  {at.name:8} {told}", flush=True)
+                print(f"  after round {turn + 1}, {at.name}: {usage(victim.pid)}", flush=True)
+            if victim in plain:
+                counts, defects, grown_mb = endure_requests(victim, seed, n_requests)
+                print(f"  requests: {dict(sorted(counts.items()))}, +{grown_mb:.0f} MB", flush=True)
+                failures += defects
+            if said := tracebacks(victim):
+                failures.append(f"{victim.log}: {said}")
     for line in failures:
         print("FAILED", line)
     sys.exit(bool(failures))

@@ -24,10 +24,10 @@ from hashlens.rpc.metrics import (
     Counter,
     GaugeMetricFamily,
     Histogram,
-    exposed,
     gauge,
     info,
 )
+from hashlens.rpc.metrics_http import exposed
 
 
 class Fake:

@@ -8,7 +8,8 @@ import urllib.request
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from hashlens.rpc.metrics import Counter, Gauge, Histogram, StageTimes, exposed
+from hashlens.rpc.metrics import Counter, Gauge, Histogram, StageTimes
+from hashlens.rpc.metrics_http import exposed
 from hashlens.rpc.process import Process
 
 
