@@ -13,6 +13,7 @@ from typing import Final, NoReturn
 import redis
 
 from hashlens.errors import (
+    DataLossError,
     HashlensError,
     InternalError,
     LimitError,
@@ -225,8 +226,10 @@ class Follower:
         if position.seq > local.seq and (position.first is None or position.first > local.seq + 1):
             self._give_up(f"the log begins at version {position.first}, which is too late")
         self.saw(position.seq)
-        # A full disk is not known to have room before the next write is in the files.
-        if not isinstance(self._trouble, LimitError) or position.seq == local.seq:
+        # A full disk is not known to have room, nor an entry to be readable now, before the next
+        # write is in the files.
+        is_of_entries = isinstance(self._trouble, LimitError | DataLossError)
+        if not is_of_entries or position.seq == local.seq:
             self._recovered()
         self._settled.set()
 

@@ -220,8 +220,12 @@ def test_a_damaged_log_is_no_wrong_answer(server: RedisServer, store: Store) -> 
     with server.client() as client:
         client.xadd("hl:{c}:log", {"r": b"nonsense"}, id="101-1")
         client.hset("hl:{c}:meta", "seq", 101)
-    # Between two attempts to read it, the state is for a moment that of a log that is followed.
     wait_until(lambda: "Log entry 101" in collection.info().detail, "the state shows it")
+    ends_s = time.monotonic() + 1.5
+    while time.monotonic() < ends_s:  # And goes on to, however often it is tried again.
+        info = collection.info()
+        assert not info.writable
+        assert "Log entry 101" in info.detail
     assert contents(collection.snapshot()) == model.items
 
 
