@@ -204,7 +204,6 @@ class Telemetry(grpc.aio.ServerInterceptor):
 
     def _ended(self, now: Call, method: _Method, code: str, peer: str) -> None:
         took_s = (time.monotonic_ns() - now.began_ns) / 1e9
-        method.in_flight.add(-1)
         method.seconds.observe(took_s)
         counted = method.codes.get(code)
         if counted is None:
@@ -212,6 +211,7 @@ class Telemetry(grpc.aio.ServerInterceptor):
         counted.add()
         if now.error:
             self._refusals.of(method.label, now.error).add()
+        method.in_flight.add(-1)  # Who sees none in flight finds all of them counted.
         if now.span is not None:
             now.span.end(code, {"hashlens.request_id": now.request_id})
         if self._logs_calls and not method.is_health:

@@ -153,8 +153,8 @@ def test_who_leaves_and_who_is_late_are_told_apart(
         batch = enc_grpc.EncoderServiceStub(channel).EncodeBatch
         batch(enc.EncodeBatchRequest(images=images[:1]), timeout=20)
         for name, end in (
-            ("CANCELLED", lambda: _left(batch.future(many, timeout=60), observed, method)),
-            ("DEADLINE_EXCEEDED", lambda: _late(batch, many)),
+            ("CANCELLED", lambda _: _left(batch.future(many, timeout=60), observed, method)),
+            ("DEADLINE_EXCEEDED", lambda turn: _late(batch, many, 0.05 + 0.02 * turn)),
         ):
             before = observed.encoder.scrape()
 
@@ -174,9 +174,9 @@ def test_who_leaves_and_who_is_late_are_told_apart(
                     before, "hashlens_rpc_calls_total", **key
                 )
 
-            # On a busy machine a call may be over before we leave, or begin after it is late.
-            for _ in range(20):
-                end()
+            # A call may be over before we leave or are late, or begin only after that.
+            for turn in range(20):
+                end(turn)
                 if counted():
                     break
             assert counted(), name
@@ -194,10 +194,11 @@ def _left(future: Any, observed: Observed, method: str) -> None:
     future.cancel()
 
 
-def _late(batch: Any, many: enc.EncodeBatchRequest) -> None:
-    with pytest.raises(grpc.RpcError) as caught:
-        batch(many, timeout=0.15)
-    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+def _late(batch: Any, many: enc.EncodeBatchRequest, deadline_s: float) -> None:
+    try:
+        batch(many, timeout=deadline_s)
+    except grpc.RpcError as error:
+        assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # noqa: PT017 - it may succeed
 
 
 def id_of(done: Any) -> str:
