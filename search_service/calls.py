@@ -77,9 +77,10 @@ class Calls(spb_grpc.SearchServiceServicer):
         while (snapshot := collection.newest.snapshot()).version < min_version:
             left_s = ends_s - time.monotonic()
             if left_s <= 0:
+                detail = collection.newest.info().detail
                 raise DeadlineError(
                     f"version {min_version} has not come in time: this replica has "
-                    f"{snapshot.version}"
+                    f"{snapshot.version}. {detail or 'Ask again, or another replica.'}"
                 )
             await asyncio.sleep(min(pause_s, left_s))
             pause_s = min(2 * pause_s, 0.02)

@@ -268,7 +268,9 @@ class SearchServicer(CollectionsRpc, ItemsRpc, CompactRpc, VerifyRpc):
         radius_bits = checks.radius_of(request.radius_bits, collection.spec, field="radius_bits")
         query = checks.query_of(request.query, collection.spec, Rank.HAMMING, field="query")
         wanted = checks.filter_of(request.filter, field="filter")
-        snapshot = await self._reached(collection, request.min_version, ends_s, wanted)
+        # The deadline is for reading all of it, which may take hours.
+        reached_s = min(ends_s, time.monotonic() + self._config.default_deadline_s)
+        snapshot = await self._reached(collection, request.min_version, reached_s, wanted)
         timings = spb.StageTimings(wait_version_ns=time.monotonic_ns() - started_ns)
         ball = Ball(
             snapshot=snapshot,

@@ -46,12 +46,18 @@ class Verdict:
         return f"{state} {self.what}: {self.measured:.4g}{unit}, {word} {self.limit:g}{unit}"
 
 
+def read(path: Path) -> Any:
+    """Read a JSON file."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ThresholdsError(f"{path}: {error}") from error
+
+
 def thresholds_of(path: Path, scenario: str, shape: str) -> dict[str, Any]:
     """Read the thresholds of one scenario in one shape."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text())[scenario][shape]
-    except (OSError, json.JSONDecodeError) as error:
-        raise ThresholdsError(f"{path}: {error}") from error
+        found: dict[str, Any] = read(path)[scenario][shape]
     except KeyError as error:
         raise ThresholdsError(f"{path} has nothing for {scenario} {shape}") from error
     unknown, absent = sorted(found.keys() - KEYS), [key for key in ALWAYS if key not in found]
@@ -107,21 +113,24 @@ def main() -> int:
     parser.add_argument("--thresholds", type=Path, default=HERE / "thresholds.json")
     asked = parser.parse_args()
     try:
-        report = json.loads(asked.report.read_text())
-        thresholds = thresholds_of(asked.thresholds, asked.scenario, asked.shape)
-        found = verdicts(report, thresholds)
-    except (OSError, ValueError) as error:
+        report = read(asked.report)
+        found = verdicts(report, thresholds_of(asked.thresholds, asked.scenario, asked.shape))
+        errors: dict[str, int] = report.get("errorDistribution") or {}
+        most = sorted(errors.items(), key=lambda error: -error[1])[:5]
+    except ThresholdsError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        sys.stderr.write(f"{asked.report} is no report of ghz, or only a part of one: {error!r}\n")
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        sys.stderr.write(
+            f"{asked.report} is no report of ghz, or only a part of one, or {asked.thresholds} has "
+            f"other things than thresholds: {error!r}\n"
+        )
         return 2
     for verdict in found:
         sys.stdout.write(f"{verdict}\n")
     if all(verdict.is_kept for verdict in found):
         return 0
-    errors: dict[str, int] = report.get("errorDistribution") or {}
-    for message, n in sorted(errors.items(), key=lambda e: -e[1])[:5]:
+    for message, n in most:
         sys.stdout.write(f"  {n} x {message}\n")
     return 1
 

@@ -43,6 +43,8 @@ class EncodeConfig(OutputConfig):
         for name in ("callers", "n_pictures", "repeats", "max_batch"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} is at least 1", field=name)
+        if self.seed < 0:
+            raise InvalidInputError("seed is 0 or more", field="seed")
         if self.seconds <= 0:
             raise InvalidInputError("seconds is above 0", field="seconds")
         if not self.parts("models"):

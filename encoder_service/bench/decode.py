@@ -40,6 +40,8 @@ class DecodeConfig(OutputConfig):
         for name in ("n_pictures", "repeats"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} is at least 1", field=name)
+        if self.seed < 0:
+            raise InvalidInputError("seed is 0 or more", field="seed")
         if not 1 <= self.crop <= self.resize <= 4096:
             raise InvalidInputError("1 <= crop <= resize <= 4096 must hold", field="crop")
         self.shapes()

@@ -253,8 +253,11 @@ def _seen(classes: tuple[str, ...], unseen: tuple[str, ...]) -> tuple[str, ...]:
 
 def _fingerprint(config: TrainConfig, images: ImageSet, group: Processes) -> dict[str, Any]:
     """Return what must not change between an interruption and going on."""
+    recipe = config.to_json()
+    if not recipe["jpeg_draft"]:
+        del recipe["jpeg_draft"]  # States from before there was a choice are gone on from.
     fingerprint = {
-        **config.to_json(),
+        **recipe,
         "n_images": len(images),
         "labels": hashlib.sha256(np.ascontiguousarray(images.labels).tobytes()).hexdigest(),
         "classes": list(images.classes),

@@ -64,8 +64,10 @@ def replicas(name: str, search_target: str, encoder_target: str, as_json: bool) 
     """List the replicas of a collection, and how far behind their files are."""
     with connected(search_target, encoder_target) as client:
         found = client.replicas(name)
-        version = client.newest_version(name)
+        newest = client.newest_version(name)
         answering = client.collection(name).replica_id
+    # A Redis that lost writes has less than what is in files.
+    version = max([newest, *(info.checkpoint_version for info in found)])
     if as_json:
         listed = [
             {

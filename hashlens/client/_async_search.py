@@ -148,7 +148,8 @@ class AsyncSearchCalls(AsyncCalls):
         filter
             Only items that pass; None: all.
         min_version
-            Wait until the replica has applied this version, and this client's own writes.
+            Wait until the replica has applied this version, and this client's own writes; not
+            longer than the server's default deadline.
         deadline_s
             Time for the whole ball, reading included, in seconds; None for the client's.
 

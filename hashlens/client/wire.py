@@ -299,7 +299,7 @@ class Wire:
 
     def _options(self, collection: str, options: SearchOptions) -> spb.SearchOptions:
         """Return the wire form, made to wait for this client's own writes."""
-        version = max(options.min_version, self.version_of(collection))
+        version = self._reaching(collection, options.min_version)
         try:
             return convert.options_to_proto(replace(options, min_version=version))
         except ValueError as error:  # What does not fit the message's numbers.

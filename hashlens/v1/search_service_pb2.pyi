@@ -1544,7 +1544,7 @@ class StreamBallRequest(_message.Message):
     with_payload: _builtins.bool
     """Return payloads."""
     min_version: _builtins.int
-    """Wait until the replica has applied this version."""
+    """Wait until the replica has applied this version, for as long as a call without a deadline has."""
     with_code: _builtins.bool
     """Return codes."""
     @_builtins.property

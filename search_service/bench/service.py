@@ -63,8 +63,8 @@ def served(module: str, arguments: Sequence[str]) -> Iterator[Served]:
             time.sleep(_POLL_S)
         ready_s = time.monotonic() - began_s
         assert process.address is not None
-        is_told = "--log-level" not in arguments
-        yield Served(process.address, process.pid, ready_s, _stages_s(log) if is_told else {})
+        logs_stages = "--log-level" not in arguments
+        yield Served(process.address, process.pid, ready_s, _stages_s(log) if logs_stages else {})
     finally:
         process.terminate()
         process.finish(threading.Event())

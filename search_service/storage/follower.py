@@ -181,7 +181,8 @@ class Follower:
                 self._local.index_ids()
                 with contextlib.closing(self._connect()) as reader:
                     self._register(reader)
-                    pause_s = _FIRST_PAUSE_S
+                    if self._trouble is None:
+                        pause_s = _FIRST_PAUSE_S
                     while not self._stopping.is_set():
                         self._step(reader)
             except Exception as error:
@@ -228,7 +229,7 @@ class Follower:
         self.saw(position.seq)
         # A full disk is not known to have room, nor an entry to be readable now, before the next
         # write is in the files.
-        is_of_entries = isinstance(self._trouble, LimitError | DataLossError)
+        is_of_entries = isinstance(self._trouble, LimitError | DataLossError | InternalError)
         if not is_of_entries or position.seq == local.seq:
             self._recovered()
         self._settled.set()

@@ -215,9 +215,11 @@ REFUSED = {"errorDistribution": {"rpc error: ...": 5}}
             "MISSED p50: inf ms, at most 50 ms",
         ),
         (report_of(count=0, statusCodeDistribution={}), 2, "the report has no calls"),
-        ({"count": 3}, 2, "only a part of one: KeyError('statusCodeDistribution')"),
+        ({"count": 3}, 2, "KeyError('statusCodeDistribution')"),
         (report_of(total=0), 2, "is no report of ghz"),
         (report_of(latencyDistribution=[{"percentage": 99}]), 2, "is no report of ghz"),
+        (report_of(errorDistribution={"a": None, "b": None}), 2, "is no report of ghz"),
+        (report_of(errorDistribution=["a"]), 2, "is no report of ghz"),
         ([1], 2, "is no report of ghz"),  # type: ignore[list-item]
     ],
 )
@@ -248,6 +250,20 @@ def test_thresholds_that_say_nothing_fail(
     ended = execute(sys.executable, check, path, "encode", "smoke", "--thresholds", limits)
     assert ended.returncode == 2
     assert said in ended.stderr
+    limits.write_text("[]")
+    other = execute(sys.executable, check, path, "encode", "smoke", "--thresholds", limits)
+    assert other.returncode == 2
+    assert f"{limits} has other things" in other.stderr
+    limits.write_text("[" * 100_000)
+    deep = execute(sys.executable, check, path, "encode", "smoke", "--thresholds", limits)
+    assert deep.returncode == 2
+    assert str(limits) in deep.stderr
+    path.write_text("")
+    empty = execute(sys.executable, check, path, "encode", "smoke", "--thresholds", limits)
+    assert empty.returncode == 2
+    assert str(path) in empty.stderr
+    path.write_text(json.dumps(report_of()))
+    limits = thresholds_file(tmp_path, "encode", "smoke", {**LIMITS, **thresholds})
     absent = execute(sys.executable, check, path, "encode", "soak", "--thresholds", limits)
     assert absent.returncode == 2
     assert "has nothing for encode soak" in absent.stderr

@@ -12,8 +12,9 @@ import pytest
 from hashlens.errors import LimitError, NotFoundError, PreconditionError, UnavailableError
 from hashlens.types import CollectionSpec
 from search_service.storage import Store, StoreConfig
+from search_service.storage.local import LocalCollection
 from tests.support.redis_server import RedisServer
-from tests.support.stores import DEADLINE_S, contents, wait_until
+from tests.support.stores import DEADLINE_S, contents, make_records, wait_until
 from tests.support.trouble import SPEC, assert_writes_again, fill, refused, repeat_refused
 
 
@@ -227,6 +228,32 @@ def test_a_damaged_log_is_no_wrong_answer(server: RedisServer, store: Store) -> 
         assert not info.writable
         assert "Log entry 101" in info.detail
     assert contents(collection.snapshot()) == model.items
+
+
+def test_a_defect_is_no_reason_to_take_writes_or_to_hurry(
+    server: RedisServer, config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts: list[float] = []
+
+    def broken(self: LocalCollection, records: object) -> None:
+        attempts.append(time.monotonic())
+        raise RuntimeError("a defect")
+
+    with Store.open(config) as store:
+        collection = store.create(SPEC)
+        assert fill(collection, 10).version == 10
+        with monkeypatch.context() as patched:
+            patched.setattr(LocalCollection, "apply", broken)
+            late = make_records(SPEC, 1, seed=3, prefix="late")
+            collection.upsert(late, request_id="late", deadline_s=DEADLINE_S)
+            wait_until(lambda: len(attempts) > 0, "it was tried")
+            wait_until(lambda: not collection.info().writable, "the state shows it")
+            n_before, ends_s = len(attempts), time.monotonic() + 2.0
+            while time.monotonic() < ends_s:
+                assert not collection.info().writable
+            assert len(attempts) - n_before < 10
+        wait_until(lambda: collection.info().writable, "it goes on")
+        assert collection.snapshot().version == 11
 
 
 def test_a_hole_in_the_log_is_no_wrong_answer(

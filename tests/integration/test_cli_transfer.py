@@ -23,7 +23,8 @@ from hashlens.cli.transfer.columns import PART_ROWS
 from hashlens.errors import OverloadedError, UnavailableError
 from hashlens.types import WriteResult
 from tests.integration.conftest import SearchProcess
-from tests.support.services import ServiceProcess
+from tests.support.redis_server import RedisServer, server_binaries
+from tests.support.services import ServiceProcess, wait_until
 
 Hashlens = Callable[..., Result]
 SUFFIXES = ["npz", "parquet", "arrow"]
@@ -323,7 +324,30 @@ def test_without_redis_it_has_what_the_replica_has(
     monkeypatch.setattr(Client, "newest_version", away)
     result = hashlens("export", name, tmp_path / "items.npz")
     assert f"{len(moving)} items at version 10" in result.stdout
-    assert "may be missing: Redis is away" in result.stderr
+    assert "are missing: Redis is away" in result.stderr
+
+
+def test_what_redis_has_lost_can_still_be_saved(encoder: ServiceProcess, tmp_path: Path) -> None:
+    """The replica may have the only copy there is."""
+    with (
+        RedisServer(server_binaries()[0]) as redis,
+        SearchProcess(tmp_path, encoder.target, "--redis-url", redis.url) as search,
+        Client(search.target) as client,
+    ):
+        spec = CollectionSpec("lost", "m", 8, 2, FeatureDtype.F32)
+        client.create_collection("lost", spec=spec)
+        client.upsert("lost", items_for(spec, 10, extras=False))
+        assert client.collection("lost").version == 10
+        with redis.client() as owner:
+            owner.flushall()
+        wait_until(
+            lambda: not client.collection("lost").writable, within_s=60, what="the loss is seen"
+        )
+        arguments = ["export", "lost", str(tmp_path / "items.npz"), "--search", search.target]
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.output
+        assert "10 items at version 10" in result.stdout
+        assert "that this replica does not have are missing" in result.stderr
 
 
 def test_items_without_their_feature_are_named(

@@ -178,6 +178,24 @@ def test_what_anyone_has_written_is_in_a_ball_that_waits_for_it(
             other.stream_ball(spec.name, id="0", radius_bits=0, min_version=-1)
 
 
+def test_a_version_is_waited_for_no_longer_than_without_a_deadline(
+    encoder: ServiceProcess, tmp_path: Path
+) -> None:
+    """The deadline is for reading, which may take hours."""
+    with (
+        SearchProcess(tmp_path, encoder.target, "--default-deadline-s", "1") as process,
+        Client(process.target) as client,
+    ):
+        spec = CollectionSpec(name="ball", model_id=MODEL, n_bits=N_BITS, dim=0)
+        client.create_collection(spec.name, spec=spec)
+        code = embedding(bytes(3))
+        parts = client.stream_ball(
+            spec.name, embedding=code, radius_bits=0, min_version=1, deadline_s=86_400
+        )
+        with pytest.raises(DeadlineError, match=r"this replica has 0\. Ask again"):
+            next(parts)
+
+
 def test_a_ball_is_of_one_version_whatever_is_written_meanwhile(
     client: Client, stored: dict[str, bytes]
 ) -> None:

@@ -17,7 +17,7 @@ from hashlens.cli.text import console, counted, printable
 from hashlens.cli.transfer.columns import Columns, ItemWriter, Layout
 from hashlens.cli.transfer.files import suffix_of, writing
 from hashlens.client import Client
-from hashlens.errors import UnavailableError
+from hashlens.errors import PreconditionError, UnavailableError
 from hashlens.types import (
     MAX_ID_BYTES,
     MAX_PAYLOAD_BYTES,
@@ -110,12 +110,15 @@ def export(
 
 
 def _newest(client: Client, info: CollectionInfo) -> int:
-    """Return the version that has all writes so far; without Redis, what a replica has of them."""
+    """Return the version that has all writes so far, or 0 where Redis does not tell.
+
+    Then it is the replica's items that are wanted, perhaps the only ones left.
+    """
     try:
         return client.newest_version(info.spec.name)
-    except UnavailableError as error:
-        click.echo(f"writes of the last moment may be missing: {error}", err=True)
-        return info.version
+    except (UnavailableError, PreconditionError) as error:
+        click.echo(f"writes that this replica does not have are missing: {error}", err=True)
+        return 0
 
 
 def export_items(
@@ -141,7 +144,7 @@ def export_items(
     advance
         Told how many items were done.
     version
-        Every replica that is asked must have reached it.
+        Every replica that is asked must have reached it; 0: whatever they have.
     """
     outcome = Outcome(version)
     absent: list[str] = []
@@ -194,6 +197,7 @@ def _listed(
             del ids[:n_ids]
         if part.receipt is not None:
             outcome.listed_version = part.receipt.version
+            outcome.version = outcome.version or part.receipt.version
     if ids:
         yield ids
 
