@@ -23,7 +23,6 @@ from hashlens.types import (
     MAX_PAYLOAD_BYTES,
     MAX_TAG_BYTES,
     MAX_TAGS,
-    CollectionInfo,
     CollectionSpec,
     Embedding,
     Item,
@@ -86,7 +85,7 @@ def export(
             model_id=spec.model_id,
         )
         log = console(stderr=True)
-        version = _newest(client, info)
+        version = _newest(client, collection)
         with (
             writing(file, layout) as writer,
             step(log, "Exporting", info.n_items, "items") as advance,
@@ -109,13 +108,13 @@ def export(
     ctx.exit(1 if outcome.without_feature else 0)
 
 
-def _newest(client: Client, info: CollectionInfo) -> int:
+def _newest(client: Client, collection: str) -> int:
     """Return the version that has all writes so far, or 0 where Redis does not tell.
 
     Then it is the replica's items that are wanted, perhaps the only ones left.
     """
     try:
-        return client.newest_version(info.spec.name)
+        return client.newest_version(collection)
     except (UnavailableError, PreconditionError) as error:
         click.echo(f"writes that this replica does not have are missing: {error}", err=True)
         return 0
