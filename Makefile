@@ -53,7 +53,7 @@ faults: $(STAMP) ## Crash the store at every named place, hundreds of times (FAU
 soak: $(STAMP) ## Mixed traffic for 20 minutes: does anything drift? (SOAK='--minutes N')
 	$(BIN)/python -m tests.soak.run $(SOAK)
 
-fuzz: $(STAMP) ## Spoiled images and noise on both ports, for a quarter of an hour (FUZZ='--seed N')
+fuzz: $(STAMP) ## Spoiled images, and noise on every port, for twenty minutes (FUZZ='--seed N')
 	$(BIN)/python -m tests.fuzz.images $(FUZZ)
 	$(BIN)/python -m tests.fuzz.wire $(FUZZ)
 
