@@ -143,7 +143,8 @@ class Campaign:
                     self._server.start()
                     while self._acknowledged <= stop_after:
                         assert not self._read_progress()
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # It has crashed, or come to its end, by itself.
+                    os.kill(pid, signal.SIGKILL)
                 while not self._read_progress():
                     pass
                 if crash.kind == "both":

@@ -130,7 +130,7 @@ def test_redis_and_its_log_are_seen_without_being_asked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "failure",
-    ["append.begin=enospc@3-60", "append.features=enospc@3-60", "append.commit=enospc@3-60"],
+    ["append.begin=enospc@3-9", "append.features=enospc@3-9", "append.commit=enospc@3-9"],
 )
 def test_a_full_disk_refuses_writes_and_all_comes_back_by_itself(
     tmp_path: Path, failure: str, monkeypatch: pytest.MonkeyPatch
