@@ -74,9 +74,10 @@ class AsyncItemCalls(AsyncEncoderCalls):
         ------
         UnavailableError
             Redis is away.
+        PreconditionError
+            It has another collection of the name, or none any more.
         """
-        request = spb.GetCollectionRequest(name=name, with_replicas=True)
-        reply = await self._call(self._search.GetCollection, request, deadline_s)
+        reply = await self._known_to_redis(name, deadline_s)
         return [convert.replica_from_proto(info) for info in reply.replicas]
 
     async def newest_version(self, name: str, *, deadline_s: float | None = None) -> int:
@@ -88,10 +89,20 @@ class AsyncItemCalls(AsyncEncoderCalls):
         ------
         UnavailableError
             Redis is away.
+        PreconditionError
+            It has another collection of the name, or none any more.
         """
-        request = spb.GetCollectionRequest(name=name, with_replicas=True)
-        reply = await self._call(self._search.GetCollection, request, deadline_s)
+        reply = await self._known_to_redis(name, deadline_s)
         return int(reply.newest_version)
+
+    async def _known_to_redis(
+        self, name: str, deadline_s: float | None
+    ) -> spb.GetCollectionResponse:
+        request = spb.GetCollectionRequest(name=name, with_replicas=True)
+        reply: spb.GetCollectionResponse = await self._call(
+            self._search.GetCollection, request, deadline_s
+        )
+        return reply
 
     async def collections(self, *, deadline_s: float | None = None) -> list[CollectionInfo]:
         """Return the state of all collections, by name."""

@@ -74,9 +74,10 @@ class ItemCalls(EncoderCalls):
         ------
         UnavailableError
             Redis is away.
+        PreconditionError
+            It has another collection of the name, or none any more.
         """
-        request = spb.GetCollectionRequest(name=name, with_replicas=True)
-        reply = self._call(self._search.GetCollection, request, deadline_s)
+        reply = self._known_to_redis(name, deadline_s)
         return [convert.replica_from_proto(info) for info in reply.replicas]
 
     def newest_version(self, name: str, *, deadline_s: float | None = None) -> int:
@@ -88,10 +89,18 @@ class ItemCalls(EncoderCalls):
         ------
         UnavailableError
             Redis is away.
+        PreconditionError
+            It has another collection of the name, or none any more.
         """
-        request = spb.GetCollectionRequest(name=name, with_replicas=True)
-        reply = self._call(self._search.GetCollection, request, deadline_s)
+        reply = self._known_to_redis(name, deadline_s)
         return int(reply.newest_version)
+
+    def _known_to_redis(self, name: str, deadline_s: float | None) -> spb.GetCollectionResponse:
+        request = spb.GetCollectionRequest(name=name, with_replicas=True)
+        reply: spb.GetCollectionResponse = self._call(
+            self._search.GetCollection, request, deadline_s
+        )
+        return reply
 
     def collections(self, *, deadline_s: float | None = None) -> list[CollectionInfo]:
         """Return the state of all collections, by name."""
